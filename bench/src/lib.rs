@@ -1,0 +1,2 @@
+//! The kernel ladder; see `benches/`.
+#![forbid(unsafe_code)]

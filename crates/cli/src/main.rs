@@ -1,0 +1,4 @@
+//! The binary `demur`.
+#![forbid(unsafe_code)]
+
+fn main() {}

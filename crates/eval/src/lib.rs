@@ -1,0 +1,2 @@
+//! Suites, judges, statistics and arms; the JSON record is the truth.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Finding the latents that mediate refusal, with evidence for each.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Checkpoints, tokenizers and one decoder with hooks on the residual stream.
+#![forbid(unsafe_code)]

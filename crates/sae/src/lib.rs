@@ -1,0 +1,2 @@
+//! Sparse autoencoders: equations, training, metrics, file formats.
+#![forbid(unsafe_code)]

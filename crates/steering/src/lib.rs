@@ -1,0 +1,2 @@
+//! Steering plans: data, validated, compiled to interventions on the residual stream.
+#![forbid(unsafe_code)]
