@@ -1,2 +1,45 @@
-//! Hot loops of demur: matrix products, attention, norms, top-k, with a scalar reference for each.
+//! Hot loops of demur: every one with a plain scalar reference, and all of the project's `unsafe`.
+//!
+//! The crate knows slices and shapes, no models. Matrices are row-major. Work is split over
+//! *output* rows, each computed by one thread in a fixed order, so the number of threads never
+//! changes a bit of the result. Instruction sets are chosen at run time in [`dispatch`].
+//!
+//! | module | job |
+//! | --- | --- |
+//! | [`quant`] | GGUF block types: layout, exact unpacking |
+//! | [`linear`] | `y = x Wᵀ + b` with weights packed once |
+//! | [`attention`] | causal attention over ragged caches |
+//! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
+//! | [`gemm`] | dense f32 products, over the `gemm` crate |
+//! | [`mmap`] | read-only memory maps |
 
+pub mod attention;
+pub mod dispatch;
+mod error;
+pub mod gemm;
+pub mod linear;
+pub mod mmap;
+pub mod ops;
+mod packed;
+pub mod quant;
+
+pub use error::KernelError;
+
+/// Sets the number of worker threads for the process; 0 means all cores. Only the first call counts.
+///
+/// # Errors
+/// [`KernelError::Threads`] if the pool was already built.
+pub fn set_threads(threads: usize) -> Result<(), KernelError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("demur-{i}"))
+        .build_global()
+        .map_err(|e| KernelError::Threads {
+            reason: e.to_string(),
+        })
+}
+
+/// Number of worker threads.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}

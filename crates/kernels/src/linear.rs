@@ -1,0 +1,322 @@
+//! Linear layers: `y = x Wᵀ + bias`, with the weights packed once for this machine.
+//!
+//! | weights | [`Precision::Fast`] | [`Precision::F32`] |
+//! | --- | --- | --- |
+//! | Q4_0 ... Q8_0, Q2_K ... Q6_K | packed integers, activations in int8 blocks (see `packed.rs`) | dequantised to f32 |
+//! | F32, F16, BF16 | as in the file, widened in registers | f32 |
+//!
+//! In every case the sum over the inner dimension runs in the same order for any number of
+//! activation rows: a row's result has the same bits alone and in a batch.
+
+use rayon::prelude::*;
+
+use crate::dispatch::{Isa, isa};
+use crate::error::KernelError;
+use crate::packed::{Activations, BLOCK, Packed, Shared};
+use crate::quant::{GgmlType, dequantize_row};
+
+/// How products are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Everything in f32: the reference.
+    F32,
+    /// Weights as in the file; int8 activations for quantised ones.
+    #[default]
+    Fast,
+}
+
+/// A linear layer's weights, packed.
+#[derive(Debug)]
+pub struct Linear {
+    weights: Weights,
+    out_features: usize,
+    in_features: usize,
+}
+
+#[derive(Debug)]
+enum Weights {
+    F32(Vec<f32>),
+    F16(Vec<u16>),
+    Bf16(Vec<u16>),
+    Packed(Packed),
+}
+
+impl Linear {
+    /// Packs `out_features` rows of `in_features` values of type `ty`.
+    ///
+    /// # Errors
+    /// [`KernelError::Block`] or [`KernelError::Length`] if `bytes` is not such a matrix.
+    pub fn from_rows(
+        ty: GgmlType,
+        bytes: &[u8],
+        out_features: usize,
+        in_features: usize,
+        precision: Precision,
+    ) -> Result<Self, KernelError> {
+        let block = KernelError::Block {
+            type_name: ty.name(),
+            columns: in_features,
+            block: ty.block_len(),
+        };
+        let row = ty.row_bytes(in_features).ok_or(block)?;
+        let expected = row.checked_mul(out_features).unwrap_or(usize::MAX);
+        if bytes.len() != expected {
+            return Err(KernelError::Length {
+                what: "weights",
+                found: bytes.len(),
+                expected,
+            });
+        }
+        let words = || {
+            bytes
+                .chunks_exact(2)
+                .map(|b| u16::from_le_bytes([b[0], b[1]]))
+                .collect()
+        };
+        let weights = match (ty, precision) {
+            (GgmlType::F16, Precision::Fast) => Weights::F16(words()),
+            (GgmlType::BF16, Precision::Fast) => Weights::Bf16(words()),
+            (ty, Precision::Fast) if ty.is_quantised() && in_features % BLOCK == 0 => {
+                Weights::Packed(Packed::new(ty, bytes, out_features, in_features))
+            }
+            _ => {
+                let mut w = vec![0.0; out_features * in_features];
+                w.par_chunks_mut(in_features.max(1))
+                    .zip(bytes.par_chunks(row.max(1)))
+                    .try_for_each(|(w, bytes)| dequantize_row(ty, bytes, w))?;
+                Weights::F32(w)
+            }
+        };
+        Ok(Self {
+            weights,
+            out_features,
+            in_features,
+        })
+    }
+
+    /// Takes f32 weights `[out_features, in_features]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if `w` has another length.
+    pub fn from_f32(
+        w: Vec<f32>,
+        out_features: usize,
+        in_features: usize,
+    ) -> Result<Self, KernelError> {
+        let expected = out_features.checked_mul(in_features).unwrap_or(usize::MAX);
+        if w.len() != expected {
+            return Err(KernelError::Length {
+                what: "weights",
+                found: w.len(),
+                expected,
+            });
+        }
+        Ok(Self {
+            weights: Weights::F32(w),
+            out_features,
+            in_features,
+        })
+    }
+
+    /// Width of the input.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Width of the output.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Bytes that the packed weights take.
+    pub fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::F32(w) => w.len() * 4,
+            Weights::F16(w) | Weights::Bf16(w) => w.len() * 2,
+            Weights::Packed(p) => p.bytes(),
+        }
+    }
+
+    /// `y = x Wᵀ + bias`.
+    ///
+    /// # Shapes
+    /// `x` is `[n, in_features]`, `bias` `[out_features]`, `y` `[n, out_features]`.
+    ///
+    /// # Panics
+    /// If a slice has another length.
+    pub fn forward(&self, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+        assert_eq!(x.len(), n * self.in_features, "x is [n, in_features]");
+        assert_eq!(y.len(), n * self.out_features, "y is [n, out_features]");
+        assert!(
+            bias.is_none_or(|b| b.len() == self.out_features),
+            "bias is [out_features]"
+        );
+        if n == 0 {
+            return;
+        }
+        match &self.weights {
+            Weights::Packed(p) => {
+                let mut activations = Activations::default();
+                activations.quantise(x, self.in_features);
+                p.forward(&activations, n, bias, y);
+            }
+            Weights::F32(w) => self.dense(w, x, n, bias, y),
+            Weights::F16(w) => {
+                self.dense(bytemuck::cast_slice::<u16, Half>(w), x, n, bias, y);
+            }
+            Weights::Bf16(w) => {
+                self.dense(bytemuck::cast_slice::<u16, Brain>(w), x, n, bias, y);
+            }
+        }
+    }
+
+    fn dense<T: Element>(&self, w: &[T], x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+        let (k, m) = (self.in_features, self.out_features);
+        let out = Shared::new(y);
+        let run = |pair: usize| {
+            let rows = (m - 2 * pair).min(2);
+            let w0 = &w[2 * pair * k..(2 * pair + 1) * k];
+            let w1 = if rows == 2 {
+                &w[(2 * pair + 1) * k..(2 * pair + 2) * k]
+            } else {
+                w0
+            };
+            let mut first = 0;
+            while first < n {
+                let tile = (n - first).min(4);
+                let row = |t: usize| &x[(first + t.min(tile - 1)) * k..][..k];
+                let sums = dots([w0, w1], [row(0), row(1), row(2), row(3)], tile);
+                for (r, sums) in sums.iter().enumerate().take(rows) {
+                    let o = 2 * pair + r;
+                    for (t, sum) in sums.iter().enumerate().take(tile) {
+                        let value = sum + bias.map_or(0.0, |b| b[o]);
+                        // SAFETY: in bounds as `o < m` and `first + t < n`; pairs of rows
+                        // partition the outputs among tasks.
+                        unsafe { out.write((first + t) * m + o, value) };
+                    }
+                }
+                first += tile;
+            }
+        };
+        let least = (100_000 / (2 * k * n).max(1)).max(1);
+        (0..m.div_ceil(2))
+            .into_par_iter()
+            .with_min_len(least)
+            .for_each(run);
+    }
+}
+
+/// A stored weight.
+trait Element: Copy + Sync {
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+/// An f16 as stored.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+struct Half(u16);
+
+impl Element for Half {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        // Without branches, so that it vectorises: shift exponent and mantissa into place and
+        // rescale, which is right for subnormals too; infinities and NaN are patched.
+        let magnitude =
+            f32::from_bits(u32::from(self.0 & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+        let special = u32::from(self.0 & 0x7c00 == 0x7c00) * 0x7f80_0000;
+        f32::from_bits(magnitude.to_bits() | special | (u32::from(self.0 & 0x8000) << 16))
+    }
+}
+
+/// A bf16 as stored.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+struct Brain(u16);
+
+impl Element for Brain {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+}
+
+/// Dot products of two weight rows with up to four activation rows.
+fn dots<T: Element>(w: [&[T]; 2], x: [&[f32]; 4], tile: usize) -> [[f32; 4]; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx2 {
+        // SAFETY: `isa` returns Avx2 only where the processor has these features.
+        return unsafe {
+            match tile {
+                1 => dots_avx2::<T, 1>(w, x),
+                2 => dots_avx2::<T, 2>(w, x),
+                3 => dots_avx2::<T, 3>(w, x),
+                _ => dots_avx2::<T, 4>(w, x),
+            }
+        };
+    }
+    match tile {
+        1 => dots_body::<T, 1, false>(w, x),
+        2 => dots_body::<T, 2, false>(w, x),
+        3 => dots_body::<T, 3, false>(w, x),
+        _ => dots_body::<T, 4, false>(w, x),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots_avx2<T: Element, const N: usize>(w: [&[T]; 2], x: [&[f32]; 4]) -> [[f32; 4]; 2] {
+    dots_body::<T, N, true>(w, x)
+}
+
+#[inline(always)]
+fn dots_body<T: Element, const N: usize, const FMA: bool>(
+    w: [&[T]; 2],
+    x: [&[f32]; 4],
+) -> [[f32; 4]; 2] {
+    let k = x[0].len();
+    let whole = k / 8 * 8;
+    let mut acc = [[[0.0f32; 8]; N]; 2];
+    for at in (0..whole).step_by(8) {
+        let mut rows = [[0.0f32; 8]; 2];
+        for (row, w) in rows.iter_mut().zip(w) {
+            for (o, w) in row.iter_mut().zip(&w[at..at + 8]) {
+                *o = w.widen();
+            }
+        }
+        for n in 0..N {
+            let x = &x[n][at..at + 8];
+            for r in 0..2 {
+                for lane in 0..8 {
+                    let a = &mut acc[r][n][lane];
+                    *a = if FMA {
+                        rows[r][lane].mul_add(x[lane], *a)
+                    } else {
+                        rows[r][lane] * x[lane] + *a
+                    };
+                }
+            }
+        }
+    }
+    let mut out = [[0.0; 4]; 2];
+    for r in 0..2 {
+        for n in 0..N {
+            let a = &acc[r][n];
+            let mut sum = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+            for i in whole..k {
+                sum += w[r][i].widen() * x[n][i];
+            }
+            out[r][n] = sum;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;

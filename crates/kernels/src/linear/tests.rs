@@ -1,0 +1,237 @@
+use half::{bf16, f16};
+
+use super::*;
+use crate::dispatch;
+use crate::quant::group_len;
+
+/// Numbers that look random and are the same everywhere.
+fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+/// A random matrix of type `ty`: any bytes are integers, the scales get a sane size.
+fn matrix(ty: GgmlType, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
+    let mut next = noise(seed);
+    let blocks = rows * columns / ty.block_len();
+    let mut bytes: Vec<u8> = (0..blocks * ty.block_bytes())
+        .map(|_| ((next() + 1.0) * 128.0) as u8)
+        .collect();
+    let halves: &[usize] = match ty {
+        GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
+        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4K | GgmlType::Q5K => &[0, 2],
+        GgmlType::Q2K => &[80, 82],
+        GgmlType::Q3K => &[108],
+        GgmlType::Q6K => &[208],
+        GgmlType::F16 => &[0],
+        _ => &[],
+    };
+    for block in bytes.chunks_exact_mut(ty.block_bytes()) {
+        for &at in halves {
+            let scale = f16::from_f32(next() * 0.01);
+            block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+        }
+        if ty == GgmlType::F32 {
+            block.copy_from_slice(&next().to_le_bytes());
+        }
+        if ty == GgmlType::BF16 {
+            block.copy_from_slice(&bf16::from_f32(next()).to_le_bytes());
+        }
+    }
+    bytes
+}
+
+const ALL: [GgmlType; 13] = [
+    GgmlType::F32,
+    GgmlType::F16,
+    GgmlType::BF16,
+    GgmlType::Q4_0,
+    GgmlType::Q4_1,
+    GgmlType::Q5_0,
+    GgmlType::Q5_1,
+    GgmlType::Q8_0,
+    GgmlType::Q2K,
+    GgmlType::Q3K,
+    GgmlType::Q4K,
+    GgmlType::Q5K,
+    GgmlType::Q6K,
+];
+
+/// The product in f64, with activations rounded as the fast path rounds them.
+fn reference(ty: GgmlType, bytes: &[u8], m: usize, k: usize, x: &[f32], int8: bool) -> Vec<f64> {
+    let mut w = vec![0.0; m * k];
+    dequantize_row(ty, bytes, &mut w).unwrap();
+    let mut rounded = x.to_vec();
+    if int8 {
+        for block in rounded.chunks_exact_mut(BLOCK) {
+            let largest = block.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+            let scale = f64::from(largest / 127.0);
+            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            for v in block {
+                *v = (f64::from((*v * inverse).round_ties_even()) * scale) as f32;
+            }
+        }
+    }
+    let mut y = Vec::new();
+    for x in rounded.chunks_exact(k) {
+        for w in w.chunks_exact(k) {
+            y.push(
+                w.iter()
+                    .zip(x)
+                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                    .sum(),
+            );
+        }
+    }
+    y
+}
+
+#[track_caller]
+fn close(found: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len());
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        let difference = (f64::from(*f) - e).abs();
+        assert!(
+            difference <= tolerance * (1.0 + e.abs()),
+            "at {i}: {f} against {e}"
+        );
+    }
+}
+
+/// Forcing an instruction set is for the whole process: tests that do it take turns.
+static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn on_every_isa(mut test: impl FnMut(Isa)) {
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    for isa in [Isa::Portable, Isa::Avx2] {
+        if dispatch::force(isa) {
+            test(isa);
+        }
+    }
+}
+
+#[test]
+fn every_type_matches_the_reference_on_every_isa() {
+    on_every_isa(|isa| {
+        for ty in ALL {
+            for (m, n) in [(1, 1), (7, 2), (8, 3), (19, 4), (24, 5), (33, 17)] {
+                let k = 512;
+                let bytes = matrix(ty, m, k, 7 + m as u64);
+                let mut next = noise(99);
+                let x: Vec<f32> = (0..n * k).map(|_| next() * 3.0).collect();
+                let bias: Vec<f32> = (0..m).map(|_| next()).collect();
+                for precision in [Precision::Fast, Precision::F32] {
+                    let linear = Linear::from_rows(ty, &bytes, m, k, precision).unwrap();
+                    let mut y = vec![f32::NAN; n * m];
+                    linear.forward(&x, n, Some(&bias), &mut y);
+                    let int8 = precision == Precision::Fast && ty.is_quantised();
+                    let mut expected = reference(ty, &bytes, m, k, &x, int8);
+                    for (i, e) in expected.iter_mut().enumerate() {
+                        *e += f64::from(bias[i % m]);
+                    }
+                    let found = std::panic::catch_unwind(|| close(&y, &expected, 2e-4));
+                    assert!(
+                        found.is_ok(),
+                        "{} {precision:?} m {m} n {n} {isa:?}",
+                        ty.name()
+                    );
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_a_batch() {
+    on_every_isa(|_| {
+        for ty in ALL {
+            let (m, k, n) = (21, 256, 11);
+            let bytes = matrix(ty, m, k, 3);
+            let mut next = noise(5);
+            let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
+            let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast).unwrap();
+            let mut batch = vec![0.0; n * m];
+            linear.forward(&x, n, None, &mut batch);
+            for (row, expected) in x.chunks_exact(k).zip(batch.chunks_exact(m)) {
+                let mut alone = vec![0.0; m];
+                linear.forward(row, 1, None, &mut alone);
+                assert_eq!(alone, expected, "{}", ty.name());
+            }
+        }
+    });
+}
+
+#[test]
+fn packed_weights_stay_small() {
+    for (ty, most_bits) in [
+        (GgmlType::Q4_0, 4.5),
+        (GgmlType::Q4_1, 5.0),
+        (GgmlType::Q4K, 6.0),
+        (GgmlType::Q5_0, 8.5),
+        (GgmlType::Q8_0, 8.5),
+        (GgmlType::Q6K, 10.0),
+    ] {
+        let (m, k) = (64, 512);
+        let linear = Linear::from_rows(ty, &matrix(ty, m, k, 1), m, k, Precision::Fast).unwrap();
+        let bits = linear.bytes() as f64 * 8.0 / (m * k) as f64;
+        assert!(bits <= most_bits, "{}: {bits} bits a weight", ty.name());
+    }
+    assert_eq!(group_len(GgmlType::Q6K), 16);
+}
+
+#[test]
+fn extreme_integers_do_not_saturate() {
+    // The largest magnitudes that a type can hold, against activations of +-127.
+    on_every_isa(|_| {
+        for ty in ALL.into_iter().filter(|t| t.is_quantised()) {
+            let (m, k) = (8, 256);
+            let mut bytes = matrix(ty, m, k, 1);
+            for block in bytes.chunks_exact_mut(ty.block_bytes()) {
+                let keep: Vec<u8> = block.to_vec();
+                for (i, b) in block.iter_mut().enumerate() {
+                    let is_float = match ty {
+                        GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => i < 2,
+                        GgmlType::Q2K => i >= 80,
+                        GgmlType::Q3K => i >= 108,
+                        GgmlType::Q6K => i >= 208,
+                        _ => i < 4,
+                    };
+                    *b = if is_float {
+                        keep[i]
+                    } else if ty == GgmlType::Q8_0 {
+                        0x80
+                    } else {
+                        0xff
+                    };
+                }
+            }
+            let x: Vec<f32> = (0..k).map(|i| if i < 128 { 1.0 } else { -1.0 }).collect();
+            let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast).unwrap();
+            let mut y = vec![0.0; m];
+            linear.forward(&x, 1, None, &mut y);
+            close(&y, &reference(ty, &bytes, m, k, &x, true), 1e-3);
+        }
+    });
+}
+
+#[test]
+fn halves_widen_exactly() {
+    for bits in 0..=u16::MAX {
+        let expected = f16::from_bits(bits).to_f32();
+        let found = Half(bits).widen();
+        let same = found == expected || (found.is_nan() && expected.is_nan());
+        assert!(same, "{bits:#06x}: {found} against {expected}");
+    }
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    assert!(Linear::from_rows(GgmlType::Q8_0, &[0; 34], 1, 33, Precision::Fast).is_err());
+    assert!(Linear::from_rows(GgmlType::Q8_0, &[0; 35], 1, 32, Precision::Fast).is_err());
+    assert!(Linear::from_f32(vec![0.0; 5], 2, 3).is_err());
+}

@@ -1,0 +1,448 @@
+//! The small operations of a decoder: norms, rotary embedding, activations, softmax, top-k.
+//!
+//! Bodies are plain Rust that vectorises; on x86-64 each is compiled a second time with AVX2 and FMA
+//! and chosen by [`crate::dispatch`].
+
+use rayon::prelude::*;
+
+use crate::dispatch::{Isa, isa};
+
+/// Below this many elements an operation runs on one thread.
+const PARALLEL_FROM: usize = 1 << 15;
+
+/// Defines `$name` with a portable and an AVX2 instance of `$body`.
+macro_rules! dispatched {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident / $wide:ident / $body:ident ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        fn $wide($($arg: $ty),*) $(-> $ret)? {
+            $body($($arg),*)
+        }
+
+        $(#[$doc])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            if isa() == Isa::Avx2 {
+                // SAFETY: `isa` returns Avx2 only where the processor has these features.
+                return unsafe { $wide($($arg),*) };
+            }
+            $body($($arg),*)
+        }
+    };
+}
+
+/// `e^x` to within 2e-7 relative, without branches so that it vectorises: `2^n e^r` with
+/// `n = round(x / ln 2)` and the polynomial of Cephes' `expf` for `|r| <= ln 2 / 2`. Below -87.3 the
+/// result is 0 to within 2e-38; above 88 it is clamped to `e^88`.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    (p * r * r + r + 1.0) * scale
+}
+
+/// Sum with eight running lanes, in a fixed order.
+#[inline(always)]
+fn lanes_sum(a: [f32; 8]) -> f32 {
+    ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    let mut acc = [0.0f32; 8];
+    let (whole_a, rest_a) = a.as_chunks::<8>();
+    let (whole_b, rest_b) = b.as_chunks::<8>();
+    for (a, b) in whole_a.iter().zip(whole_b) {
+        for i in 0..8 {
+            acc[i] += a[i] * b[i];
+        }
+    }
+    lanes_sum(acc) + rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum::<f32>()
+}
+
+dispatched! {
+    /// `a . b`.
+    pub fn dot / dot_avx2 / dot_body (a: &[f32], b: &[f32]) -> f32
+}
+
+#[inline(always)]
+fn axpy_body(alpha: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += alpha * x;
+    }
+}
+
+dispatched! {
+    /// `y += alpha x`.
+    pub fn axpy / axpy_avx2 / axpy_body (alpha: f32, x: &[f32], y: &mut [f32])
+}
+
+/// `x += y`.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    axpy(1.0, y, x);
+}
+
+#[inline(always)]
+fn rms_row(x: &[f32], w: &[f32], eps: f32, plus: f32, out: &mut [f32]) {
+    let scale = 1.0 / (dot_body(x, x) / x.len() as f32 + eps).sqrt();
+    for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+        *o = x * scale * (w + plus);
+    }
+}
+
+dispatched! {
+    fn rms_one / rms_avx2 / rms_row (x: &[f32], w: &[f32], eps: f32, plus: f32, out: &mut [f32])
+}
+
+/// RMS norm of each row: `out = x / sqrt(mean(x^2) + eps) * w`, with `1 + w` instead of `w` if
+/// `plus_one` (Gemma, as its safetensors store it).
+///
+/// # Shapes
+/// `x` and `out` are `[n, w.len()]`.
+pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, plus_one: bool, out: &mut [f32]) {
+    let plus = if plus_one { 1.0 } else { 0.0 };
+    let d = w.len().max(1);
+    if x.len() < PARALLEL_FROM {
+        for (x, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+            rms_one(x, w, eps, plus, out);
+        }
+    } else {
+        x.par_chunks_exact(d)
+            .zip(out.par_chunks_exact_mut(d))
+            .for_each(|(x, out)| rms_one(x, w, eps, plus, out));
+    }
+}
+
+/// RMS norm in place, for the per-head norms of queries and keys.
+///
+/// # Shapes
+/// `x` is `[n, w.len()]`.
+pub fn rms_norm_in_place(x: &mut [f32], w: &[f32], eps: f32, plus_one: bool) {
+    let plus = if plus_one { 1.0 } else { 0.0 };
+    for row in x.chunks_exact_mut(w.len().max(1)) {
+        let scale = 1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt();
+        for (x, w) in row.iter_mut().zip(w) {
+            *x = *x * scale * (w + plus);
+        }
+    }
+}
+
+/// Which pairs of a head's values a rotary embedding turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RopeStyle {
+    /// `(x[i], x[i + rot_dim / 2])`: Hugging Face's layout.
+    #[default]
+    Neox,
+    /// `(x[2 i], x[2 i + 1])`: the layout of Llama's GGUF files.
+    Interleaved,
+}
+
+/// Cosines and sines of a batch of positions, computed once a forward pass for each rope base.
+#[derive(Debug, Clone, Default)]
+pub struct RopeTable {
+    half: usize,
+    cos_sin: Vec<(f32, f32)>, // [n, rot_dim / 2]
+}
+
+impl RopeTable {
+    /// `cos(p f) scale` and `sin(p f) scale` for every position `p` and inverse frequency `f`.
+    pub fn new(positions: impl Iterator<Item = usize>, inv_freq: &[f32], scale: f32) -> Self {
+        let mut cos_sin = Vec::new();
+        for p in positions {
+            cos_sin.extend(inv_freq.iter().map(|f| {
+                let (sin, cos) = (p as f32 * f).sin_cos();
+                (cos * scale, sin * scale)
+            }));
+        }
+        Self {
+            half: inv_freq.len(),
+            cos_sin,
+        }
+    }
+
+    /// Turns `x` in place.
+    ///
+    /// # Shapes
+    /// `x` is `[n, heads, d_head]` for the table's `n` positions; of each head the first
+    /// `2 * inv_freq.len()` values are turned.
+    pub fn apply(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle) {
+        let half = self.half;
+        for (row, table) in x
+            .chunks_exact_mut((heads * d_head).max(1))
+            .zip(self.cos_sin.chunks_exact(half.max(1)))
+        {
+            for head in row.chunks_exact_mut(d_head) {
+                match style {
+                    RopeStyle::Neox => {
+                        let (a, b) = head[..2 * half].split_at_mut(half);
+                        for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(table) {
+                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                        }
+                    }
+                    RopeStyle::Interleaved => {
+                        let pairs = head[..2 * half].chunks_exact_mut(2);
+                        for (pair, (cos, sin)) in pairs.zip(table) {
+                            let (a, b) = (pair[0], pair[1]);
+                            (pair[0], pair[1]) = (a * cos - b * sin, b * cos + a * sin);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn silu_body(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp(-*g)) * u;
+    }
+}
+
+dispatched! {
+    fn silu_one / silu_avx2 / silu_body (gate: &mut [f32], up: &[f32])
+}
+
+#[inline(always)]
+fn gelu_body(gate: &mut [f32], up: &[f32]) {
+    // 0.5 x (1 + tanh z) = x / (1 + e^{-2 z}), z = sqrt(2 / pi) (x + 0.044715 x^3)
+    for (g, u) in gate.iter_mut().zip(up) {
+        let x = *g;
+        let z = 0.797_884_6 * (x + 0.044_715 * x * x * x);
+        *g = x / (1.0 + exp(-2.0 * z)) * u;
+    }
+}
+
+dispatched! {
+    fn gelu_one / gelu_avx2 / gelu_body (gate: &mut [f32], up: &[f32])
+}
+
+fn in_chunks(gate: &mut [f32], up: &[f32], one: fn(&mut [f32], &[f32])) {
+    if gate.len() < PARALLEL_FROM {
+        one(gate, up);
+    } else {
+        gate.par_chunks_mut(8192)
+            .zip(up.par_chunks(8192))
+            .for_each(|(g, u)| one(g, u));
+    }
+}
+
+/// `gate = silu(gate) * up`, with `silu(x) = x / (1 + e^-x)`.
+pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    in_chunks(gate, up, silu_one);
+}
+
+/// `gate = gelu(gate) * up`, with the tanh approximation of gelu (Gemma).
+pub fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+    in_chunks(gate, up, gelu_one);
+}
+
+/// `x = cap tanh(x / cap)`.
+pub fn softcap(x: &mut [f32], cap: f32) {
+    let run = |x: &mut [f32]| x.iter_mut().for_each(|v| *v = cap * (*v / cap).tanh());
+    if x.len() < PARALLEL_FROM {
+        run(x);
+    } else {
+        x.par_chunks_mut(8192).for_each(run);
+    }
+}
+
+#[inline(always)]
+fn softmax_body(x: &mut [f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let (whole, rest) = x.as_chunks::<8>();
+    for c in whole {
+        for i in 0..8 {
+            lanes[i] = lanes[i].max(c[i]);
+        }
+    }
+    let max = lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0.0f32; 8];
+    let (whole, rest) = x.as_chunks_mut::<8>();
+    for c in whole {
+        for i in 0..8 {
+            c[i] = exp(c[i] - max);
+            sums[i] += c[i];
+        }
+    }
+    let mut sum = lanes_sum(sums);
+    for v in rest {
+        *v = exp(*v - max);
+        sum += *v;
+    }
+    let inverse = 1.0 / sum;
+    for v in x.iter_mut() {
+        *v *= inverse;
+    }
+    sum
+}
+
+dispatched! {
+    /// Softmax in place; returns the sum of `e^(x - max)`.
+    pub fn softmax / softmax_avx2 / softmax_body (x: &mut [f32]) -> f32
+}
+
+/// `ln sum e^x`, accumulated in f64.
+pub fn logsumexp(x: &[f32]) -> f32 {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if !max.is_finite() {
+        return max;
+    }
+    let sum: f64 = x.iter().map(|&v| f64::from(v - max).exp()).sum();
+    (f64::from(max) + sum.ln()) as f32
+}
+
+/// Log-probability of `id` under `logits`.
+pub fn log_softmax_at(logits: &[f32], id: usize) -> f32 {
+    logits[id] - logsumexp(logits)
+}
+
+/// The `k` largest values with their indices, largest first; of equal ones the lower index first.
+/// NaN counts as smaller than everything. One pass with a threshold, then a sort of what is left.
+pub fn top_k_indices(x: &[f32], k: usize, out: &mut Vec<(u32, f32)>) {
+    out.clear();
+    let k = k.min(x.len());
+    if k == 0 {
+        return;
+    }
+    let key = |v: f32| if v.is_nan() { f32::NEG_INFINITY } else { v };
+    let order = |a: &(u32, f32), b: &(u32, f32)| key(b.1).total_cmp(&key(a.1)).then(a.0.cmp(&b.0));
+    let mut bar = f32::NEG_INFINITY;
+    for (i, &v) in x.iter().enumerate() {
+        // Of equal values the earlier index wins, so a later one must exceed the bar.
+        if out.len() < k || key(v) > bar {
+            out.push((i as u32, v));
+            if out.len() == 4 * k.max(16) {
+                out.select_nth_unstable_by(k - 1, order);
+                out.truncate(k);
+                bar = out
+                    .iter()
+                    .map(|&(_, v)| key(v))
+                    .fold(f32::INFINITY, f32::min);
+            }
+        }
+    }
+    out.sort_unstable_by(order);
+    out.truncate(k);
+}
+
+/// Index of the largest value, the first of equals; 0 for an empty slice.
+pub fn argmax(x: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, v) in x.iter().enumerate() {
+        if *v > x[best] || x[best].is_nan() {
+            best = i;
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn close(found: &[f32], expected: &[f32]) {
+        for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+            let near = (f - e).abs() <= 1e-6 + 1e-6 * e.abs();
+            assert!(near, "at {i}: {f} against {e}");
+        }
+    }
+
+    #[test]
+    fn exp_is_accurate() {
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01;
+            let expected = f64::from(x).exp();
+            let relative = (f64::from(exp(x)) - expected).abs() / expected;
+            assert!(relative < 2e-7, "exp({x}): {relative}");
+        }
+        assert!(exp(-200.0) < 2e-38);
+    }
+
+    #[test]
+    fn norm_by_hand() {
+        // mean of squares of (3, 4) is 12.5
+        let mut out = [0.0; 2];
+        rms_norm(&[3.0, 4.0], &[2.0, 1.0], 0.0, false, &mut out);
+        close(&out, &[6.0 / 12.5f32.sqrt(), 4.0 / 12.5f32.sqrt()]);
+        rms_norm(&[3.0, 4.0], &[1.0, 0.0], 0.0, true, &mut out);
+        close(&out, &[6.0 / 12.5f32.sqrt(), 4.0 / 12.5f32.sqrt()]);
+    }
+
+    #[test]
+    fn rope_turns_by_the_angle() {
+        let table = RopeTable::new([0, 1].into_iter(), &[std::f32::consts::FRAC_PI_2, 0.0], 1.0);
+        let mut x = [1.0, 2.0, 3.0, 4.0, 9.0, 1.0, 2.0, 3.0, 4.0, 9.0];
+        table.apply(&mut x, 1, 5, RopeStyle::Neox);
+        close(&x, &[1.0, 2.0, 3.0, 4.0, 9.0, -3.0, 2.0, 1.0, 4.0, 9.0]);
+        let mut x = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0];
+        table.apply(&mut x, 1, 4, RopeStyle::Interleaved);
+        close(&x, &[1.0, 2.0, 3.0, 4.0, -2.0, 1.0, 3.0, 4.0]);
+    }
+
+    #[test]
+    fn activations_by_hand() {
+        let mut g = [0.0, 1.0, -2.0];
+        silu_mul(&mut g, &[1.0, 2.0, 1.0]);
+        close(&g, &[0.0, 2.0 * 0.731_058_6, -2.0 * 0.119_202_92]);
+        let mut g = [0.0, 1.0, -1.0];
+        gelu_tanh_mul(&mut g, &[1.0, 1.0, 2.0]);
+        close(&g, &[0.0, 0.841_192, -0.317_616]);
+        let mut x = [50.0];
+        softcap(&mut x, 50.0);
+        close(&x, &[50.0 * 0.761_594_2]);
+    }
+
+    #[test]
+    fn softmax_and_log_probabilities() {
+        let mut x: Vec<f32> = (0..19).map(|i| (i % 7) as f32 * 0.5).collect();
+        let expected: Vec<f32> = {
+            let sum: f64 = x.iter().map(|v| f64::from(*v).exp()).sum();
+            x.iter()
+                .map(|v| (f64::from(*v).exp() / sum) as f32)
+                .collect()
+        };
+        let log = log_softmax_at(&x, 3);
+        softmax(&mut x);
+        close(&x, &expected);
+        close(&[log.exp()], &[expected[3]]);
+    }
+
+    #[test]
+    fn top_k_agrees_with_a_sort() {
+        let mut state = 1u32;
+        for n in [0usize, 1, 5, 100, 3000] {
+            let x: Vec<f32> = (0..n)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 24) as f32 // many ties
+                })
+                .collect();
+            for k in [0, 1, 3, 40, 5000] {
+                let mut all: Vec<(u32, f32)> =
+                    x.iter().enumerate().map(|(i, &v)| (i as u32, v)).collect();
+                all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                all.truncate(k);
+                let mut found = Vec::new();
+                top_k_indices(&x, k, &mut found);
+                assert_eq!(found, all, "n {n} k {k}");
+            }
+        }
+        assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(argmax(&[f32::NAN, 3.0]), 1);
+    }
+}
