@@ -1,4 +1,17 @@
 //! Finding the latents that mediate refusal, with evidence for each.
+//!
+//! The way of the data: [`mod@harvest`] gives rows of the residual stream, [`activations`] their
+//! codes and what is read off them, [`mod@contrast`] compares groups of prompts, [`lens`] says what a
+//! latent promotes, [`causal`] clamps it and watches the refusal, and [`table`] keeps it all.
 #![forbid(unsafe_code)]
 
+pub mod activations;
+pub mod causal;
+pub mod contrast;
+mod error;
+pub mod harvest;
+pub mod lens;
+pub mod stats;
 pub mod table;
+
+pub use error::FeatureError;

@@ -154,18 +154,14 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// `cos(p f) scale` and `sin(p f) scale` for every position `p` and inverse frequency `f`.
-    pub fn new(positions: impl Iterator<Item = usize>, inv_freq: &[f32], scale: f32) -> Self {
-        let mut cos_sin = Vec::new();
+    /// Adds `cos(p f) scale` and `sin(p f) scale` for every position `p` and inverse frequency `f`.
+    pub fn extend(&mut self, positions: std::ops::Range<usize>, inv_freq: &[f32], scale: f32) {
+        self.half = inv_freq.len();
         for p in positions {
-            cos_sin.extend(inv_freq.iter().map(|f| {
+            self.cos_sin.extend(inv_freq.iter().map(|f| {
                 let (sin, cos) = (p as f32 * f).sin_cos();
                 (cos * scale, sin * scale)
             }));
-        }
-        Self {
-            half: inv_freq.len(),
-            cos_sin,
         }
     }
 
@@ -385,7 +381,8 @@ mod tests {
 
     #[test]
     fn rope_turns_by_the_angle() {
-        let table = RopeTable::new([0, 1].into_iter(), &[std::f32::consts::FRAC_PI_2, 0.0], 1.0);
+        let mut table = RopeTable::default();
+        table.extend(0..2, &[std::f32::consts::FRAC_PI_2, 0.0], 1.0);
         let mut x = [1.0, 2.0, 3.0, 4.0, 9.0, 1.0, 2.0, 3.0, 4.0, 9.0];
         table.apply(&mut x, 1, 5, RopeStyle::Neox);
         close(&x, &[1.0, 2.0, 3.0, 4.0, 9.0, -3.0, 2.0, 1.0, 4.0, 9.0]);

