@@ -273,6 +273,7 @@ fn weighted_sum(p: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dispatch::on_every_isa;
 
     fn noise(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
@@ -335,6 +336,10 @@ mod tests {
 
     #[test]
     fn matches_the_definition() {
+        on_every_isa(|_| check_against_the_definition());
+    }
+
+    fn check_against_the_definition() {
         for (n, start, d_head, window, softcap) in [
             (1, 0, 8, None, None),
             (1, 30, 64, None, None),
@@ -378,6 +383,10 @@ mod tests {
 
     #[test]
     fn one_at_a_time_has_the_same_bits() {
+        on_every_isa(|_| check_one_at_a_time());
+    }
+
+    fn check_one_at_a_time() {
         let shape = AttentionShape {
             n_heads: 4,
             n_kv_heads: 2,

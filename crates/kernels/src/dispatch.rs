@@ -69,3 +69,34 @@ pub fn force(isa: Isa) -> bool {
     }
     available
 }
+
+/// Runs `test` on every instruction set of this processor, and ends on the best.
+///
+/// Forcing one is for the whole process, so tests that do it, or that compare bits of two calls, take
+/// turns here.
+#[cfg(test)]
+pub(crate) fn on_every_isa(mut test: impl FnMut(Isa)) {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    for isa in [Isa::Portable, Isa::Avx2] {
+        if force(isa) {
+            test(isa);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_available_set_can_be_forced() {
+        let mut seen = Vec::new();
+        on_every_isa(|forced| {
+            assert_eq!(isa(), forced);
+            seen.push(forced.name());
+        });
+        assert_eq!(seen[0], "portable");
+        assert_eq!(seen.contains(&"avx2"), Isa::Avx2.available());
+    }
+}

@@ -10,6 +10,7 @@
 //! | [`linear`] | `y = x Wᵀ + b` with weights packed once |
 //! | [`attention`] | causal attention over ragged caches |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
+//! | [`sparse`] | top-k codes and the sparse decoder of autoencoders |
 //! | [`gemm`] | dense f32 products, over the `gemm` crate |
 //! | [`mmap`] | read-only memory maps |
 
@@ -22,6 +23,7 @@ pub mod mmap;
 pub mod ops;
 mod packed;
 pub mod quant;
+pub mod sparse;
 
 pub use error::KernelError;
 

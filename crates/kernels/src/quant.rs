@@ -4,8 +4,8 @@
 //! for each group of 16 or 32 values, `w = scale * q + min`. Dequantisation and the packed formats
 //! of [`crate::linear`] both start from it, so a layout is written down once.
 //!
-//! The layouts are those of `ggml-quants.c` (ggml, MIT licence); the tests compare with values that
-//! the reference Python package computed.
+//! The layouts are those of `ggml-quants.c` (ggml, MIT licence); the tests compare bit for bit with
+//! values that the reference Python package computed (`testdata/oracle/quant_blocks.py`).
 
 use half::{bf16, f16};
 
@@ -48,7 +48,7 @@ const TYPES: [(GgmlType, u32, &str, usize, usize); 13] = [
 ];
 
 /// Types that a file may name but that demur does not compute with.
-const OTHER_TYPES: [(u32, &str); 22] = [
+const OTHER_TYPES: [(u32, &str); 24] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
@@ -71,6 +71,8 @@ const OTHER_TYPES: [(u32, &str); 22] = [
     (34, "TQ1_0"),
     (35, "TQ2_0"),
     (39, "MXFP4"),
+    (40, "NVFP4"),
+    (41, "Q1_0"),
 ];
 
 impl GgmlType {
@@ -336,6 +338,33 @@ mod tests {
         }
         assert_eq!(type_name_of_id(16), "IQ2_XXS");
         assert_eq!(type_name_of_id(1000), "unknown");
+    }
+
+    /// Every type, bit for bit as `gguf.quants.dequantize` has it.
+    #[test]
+    fn blocks_as_the_reference_package_reads_them() {
+        let mut file = include_bytes!("../testdata/quant_blocks.bin").as_slice();
+        let mut take = |n: usize| {
+            let (head, rest) = file.split_at(n);
+            file = rest;
+            head
+        };
+        let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        for _ in 0..TYPES.len() {
+            let ty = GgmlType::from_id(word(take(4))).unwrap();
+            let n = word(take(4)) as usize;
+            let bytes = take(ty.row_bytes(n).unwrap());
+            let expected: Vec<f32> = take(4 * n)
+                .chunks_exact(4)
+                .map(|b| f32::from_bits(word(b)))
+                .collect();
+            let mut found = vec![f32::NAN; n];
+            dequantize_row(ty, bytes, &mut found).unwrap();
+            for (i, (f, e)) in found.iter().zip(&expected).enumerate() {
+                assert!(f == e, "{} at {i}: {f} against {e}", ty.name());
+            }
+        }
+        assert!(file.is_empty(), "one record a type");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 use half::{bf16, f16};
 
 use super::*;
-use crate::dispatch;
+use crate::dispatch::on_every_isa;
 use crate::quant::group_len;
 
 /// Numbers that look random and are the same everywhere.
@@ -100,18 +100,6 @@ fn close(found: &[f32], expected: &[f64], tolerance: f64) {
             difference <= tolerance * (1.0 + e.abs()),
             "at {i}: {f} against {e}"
         );
-    }
-}
-
-/// Forcing an instruction set is for the whole process: tests that do it take turns.
-static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-fn on_every_isa(mut test: impl FnMut(Isa)) {
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
-    for isa in [Isa::Portable, Isa::Avx2] {
-        if dispatch::force(isa) {
-            test(isa);
-        }
     }
 }
 
