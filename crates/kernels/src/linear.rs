@@ -15,6 +15,10 @@ use crate::error::KernelError;
 use crate::packed::{Activations, BLOCK, Packed, Shared};
 use crate::quant::{GgmlType, dequantize_row};
 
+thread_local! {
+    static ACTIVATIONS: std::cell::Cell<Activations> = std::cell::Cell::default();
+}
+
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
@@ -156,9 +160,11 @@ impl Linear {
         }
         match &self.weights {
             Weights::Packed(p) => {
-                let mut activations = Activations::default();
+                // Kept from call to call: fresh pages would cost as much as the rounding.
+                let mut activations = ACTIVATIONS.take();
                 activations.quantise(x, self.in_features);
                 p.forward(&activations, n, bias, y);
+                ACTIVATIONS.set(activations);
             }
             Weights::F32(w) => self.dense(w, x, n, bias, y),
             Weights::F16(w) => {

@@ -13,9 +13,9 @@
 //!
 //! Activations are rounded to int8 with one f32 scale for each 32 values (as llama.cpp's Q8_0). With
 //! `q` the weight's integer stored without sign as `u = q + offset`,
-//! `y = sum_b s_w s_x (sum_i u_i x_i - offset sum_i x_i) + m_w s_x sum_i x_i`; the integer sums are
-//! exact, and the f32 sum runs over blocks in ascending order whatever the number of activation
-//! rows, so a row's result does not depend on its batch.
+//! `y = sum_b s_w s_x sum_i u_i x_i + (m_w - offset s_w) s_x sum_i x_i`; the integer sums are exact,
+//! and the f32 sum runs over blocks in ascending order whatever the number of activation rows, so a
+//! row's result does not depend on its batch.
 //!
 //! On AVX2 `vpmaddubsw` adds two products of unsigned weights and signed activations in i16:
 //! `2 * 15 * 127`, `2 * 31 * 127` and `2 * 63 * 127` leave room for 8, 4 and 2 such sums before they
@@ -31,6 +31,10 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 8;
+/// Activation rows of a tile.
+const TILE: usize = 4;
+/// Bytes of weights that a task keeps in its cache.
+const L2_WEIGHTS: usize = 192 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -80,81 +84,78 @@ pub(crate) struct Packed {
     mins: Option<Factors>,
 }
 
-/// Activations as int8: what one product reads.
-#[derive(Debug, Default)]
-pub(crate) struct Activations {
-    q: Vec<i8>,      // [n, in]
-    scale: Vec<f32>, // [n, in / 32]
-    sum: Vec<i32>,   // [n, in / 32, 2]: sums of 16 integers each
+/// One block of activations as a kernel reads it: everything at small offsets from one pointer.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct XBlock {
+    q: [i8; BLOCK],
+    scale: f32,
+    /// `scale` times the sum of all 32 integers, and of the first and second 16.
+    sum: f32,
+    sum_half: [f32; 2],
 }
 
+/// Activations as int8 blocks, `[n, in / 32]`.
+#[derive(Debug, Default)]
+pub(crate) struct Activations(Vec<XBlock>);
+
 impl Activations {
-    /// Rounds `x` `[n, columns]` to int8 blocks.
+    /// Rounds `x` `[n, columns]`.
     pub(crate) fn quantise(&mut self, x: &[f32], columns: usize) {
-        let n = x.len() / columns;
-        let blocks = columns / BLOCK;
-        self.q.resize(x.len(), 0);
-        self.scale.resize(n * blocks, 0.0);
-        self.sum.resize(n * blocks * 2, 0);
-        let one = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| {
+        self.0.resize(x.len() / BLOCK, XBlock::default());
+        let one = |(x, out): (&[f32], &mut [XBlock])| {
             #[cfg(target_arch = "x86_64")]
             if isa() == Isa::Avx2 {
                 // SAFETY: `isa` returns Avx2 only where the processor has these features.
-                return unsafe { quantise_row_avx2(x, q, scale, sum) };
+                return unsafe { quantise_avx2(x, out) };
             }
-            quantise_row(x, q, scale, sum);
+            quantise(x, out);
         };
-        let rows = self
-            .q
-            .par_chunks_mut(columns)
-            .zip(self.scale.par_chunks_mut(blocks))
-            .zip(self.sum.par_chunks_mut(blocks * 2))
-            .zip(x.par_chunks(columns));
-        if n < 16 {
-            let rows = self
-                .q
-                .chunks_mut(columns)
-                .zip(self.scale.chunks_mut(blocks))
-                .zip(self.sum.chunks_mut(blocks * 2))
-                .zip(x.chunks(columns));
-            rows.for_each(|(((q, scale), sum), x)| one(x, q, scale, sum));
+        let blocks = columns / BLOCK;
+        if x.len() < 1 << 14 {
+            one((x, &mut self.0));
         } else {
-            rows.for_each(|(((q, scale), sum), x)| one(x, q, scale, sum));
+            x.par_chunks(columns).zip(self.0.par_chunks_mut(blocks)).for_each(one);
         }
     }
 }
 
 #[inline(always)]
-fn quantise_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]) {
+fn quantise(x: &[f32], out: &mut [XBlock]) {
     /// Adding and subtracting it rounds a float of magnitude below 2^22 to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    for (b, (x, q)) in x
-        .chunks_exact(BLOCK)
-        .zip(q.chunks_exact_mut(BLOCK))
-        .enumerate()
-    {
+    for (x, out) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
         let mut lanes = [0.0f32; 8];
-        for x in x.chunks_exact(8) {
-            for (m, v) in lanes.iter_mut().zip(x) {
-                *m = m.max(v.abs());
+        for x in x.as_chunks::<8>().0 {
+            for i in 0..8 {
+                lanes[i] = if x[i].abs() > lanes[i] { x[i].abs() } else { lanes[i] };
             }
         }
         let largest = lanes.iter().copied().fold(0.0, f32::max);
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        scale[b] = largest / 127.0;
-        for (q, v) in q.iter_mut().zip(x) {
-            *q = ((v * inverse + ROUND) - ROUND) as i32 as i8;
+        let mut rounded = [0.0f32; BLOCK];
+        for i in 0..BLOCK {
+            rounded[i] = (x[i] * inverse + ROUND) - ROUND;
         }
-        for h in 0..2 {
-            sum[2 * b + h] = q[16 * h..16 * h + 16].iter().map(|&v| i32::from(v)).sum();
+        let mut sums = [0.0f32; 2];
+        for i in 0..16 {
+            sums[0] += rounded[i];
+            sums[1] += rounded[16 + i];
         }
+        for i in 0..BLOCK {
+            // |rounded| is at most 127; NaN becomes 0.
+            out.q[i] = rounded[i] as i32 as i8;
+        }
+        out.scale = largest / 127.0;
+        out.sum = out.scale * (sums[0] + sums[1]);
+        out.sum_half = [out.scale * sums[0], out.scale * sums[1]];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn quantise_row_avx2(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]) {
-    quantise_row(x, q, scale, sum);
+fn quantise_avx2(x: &[f32], out: &mut [XBlock]) {
+    quantise(x, out);
 }
 
 /// A pointer to the output that tasks share; each writes columns of its own panels only.
@@ -272,38 +273,40 @@ impl Packed {
     /// `y[n, out] = x W^T + bias` for quantised activations.
     pub(crate) fn forward(&self, x: &Activations, n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
         assert!(
-            x.q.len() == n * self.blocks * BLOCK && y.len() == n * self.rows,
+            x.0.len() == n * self.blocks && y.len() == n * self.rows,
             "shapes are checked by Linear"
         );
         let out = Shared::new(y);
         let panels = self.rows.div_ceil(PANEL);
-        let run = |panel: usize| {
-            let mut sums = [[0.0f32; PANEL]; 4];
-            let mut first = 0;
-            while first < n {
-                let tile = (n - first).min(4);
-                self.panel(panel, x, first, &mut sums[..tile]);
-                for (t, sums) in sums[..tile].iter().enumerate() {
-                    for (r, sum) in sums.iter().enumerate() {
-                        let row = panel * PANEL + r;
-                        if row < self.rows {
+        let panel_bytes = (self.bytes() / panels.max(1)).max(1);
+        // A task should be worth some ten microseconds, its weights should stay in the L2 cache
+        // while tiles of activations pass, and there should be several for each thread.
+        let work = self.blocks * BLOCK * PANEL * n;
+        let enough = (200_000 / work.max(1)).max(1);
+        let group = if n <= 4 {
+            enough.max(panels / (8 * crate::threads()))
+        } else {
+            (L2_WEIGHTS / panel_bytes).clamp(enough, (panels / (4 * crate::threads())).max(enough))
+        };
+        (0..panels.div_ceil(group)).into_par_iter().for_each(|task| {
+            let mut sums = [[0.0f32; PANEL]; TILE];
+            for first in (0..n).step_by(TILE) {
+                let tile = (n - first).min(TILE);
+                for panel in task * group..((task + 1) * group).min(panels) {
+                    self.panel(panel, x, first, &mut sums[..tile]);
+                    for (t, sums) in sums[..tile].iter().enumerate() {
+                        let rows = (self.rows - panel * PANEL).min(PANEL);
+                        for (r, sum) in sums[..rows].iter().enumerate() {
+                            let row = panel * PANEL + r;
                             let value = sum + bias.map_or(0.0, |b| b[row]);
                             // SAFETY: `row` is below `rows` and the activation row below `n`, so the
-                            // element is in bounds; panels partition the rows among tasks.
+                            // element is in bounds; tasks partition the rows among them.
                             unsafe { out.write((first + t) * self.rows + row, value) };
                         }
                     }
                 }
-                first += tile;
             }
-        };
-        // A task should be worth some ten microseconds.
-        let work = self.blocks * BLOCK * PANEL * n;
-        let least = (200_000 / work.max(1)).max(1);
-        (0..panels)
-            .into_par_iter()
-            .with_min_len(least)
-            .for_each(run);
+        });
     }
 
     /// The sums of one panel for up to four activation rows from `first` on.
@@ -339,34 +342,26 @@ impl Packed {
         first: usize,
         sums: &mut [[f32; PANEL]],
     ) {
-        let columns = self.blocks * BLOCK;
         for (t, sums) in sums.iter_mut().enumerate() {
             *sums = [0.0; PANEL];
-            let row = first + t;
-            for b in 0..self.blocks {
-                let q = &x.q[row * columns + b * BLOCK..row * columns + (b + 1) * BLOCK];
-                let x_scale = x.scale[row * self.blocks + b];
-                let x_sum = &x.sum[(row * self.blocks + b) * 2..][..2];
+            let row = &x.0[(first + t) * self.blocks..(first + t + 1) * self.blocks];
+            for (b, x) in row.iter().enumerate() {
                 for h in 0..self.halves {
                     let groups = 8 / self.halves;
-                    let x_sum = if self.halves == 1 {
-                        x_sum[0] + x_sum[1]
-                    } else {
-                        x_sum[h]
-                    };
+                    let x_sum = if self.halves == 1 { x.sum } else { x.sum_half[h] };
                     let factor = ((panel * self.blocks + b) * self.halves + h) * PANEL;
                     for (r, sum) in sums.iter_mut().enumerate() {
-                        let mut dot = -self.offset * x_sum;
+                        let mut dot = 0;
                         for g in h * groups..(h + 1) * groups {
                             for j in 0..4 {
-                                dot +=
-                                    self.weight(panel, b, g, r * 4 + j) * i32::from(q[g * 4 + j]);
+                                let q = i32::from(x.q[g * 4 + j]);
+                                dot += self.weight(panel, b, g, r * 4 + j) * q;
                             }
                         }
-                        *sum += dot as f32 * (self.scales.get(factor + r) * x_scale);
-                        if let Some(mins) = &self.mins {
-                            *sum += mins.get(factor + r) * (x_scale * x_sum as f32);
-                        }
+                        let scale = self.scales.get(factor + r);
+                        let min = self.mins.as_ref().map_or(0.0, |m| m.get(factor + r))
+                            - self.offset as f32 * scale;
+                        *sum += dot as f32 * (scale * x.scale) + min * x_sum;
                     }
                 }
             }
@@ -378,7 +373,7 @@ impl Packed {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{Activations, BLOCK, Factors, Kind, PANEL, Packed};
+    use super::{Activations, Factors, Kind, PANEL, Packed, XBlock};
 
     const NIBBLE: u8 = 0;
     const BYTE5: u8 = 1;
@@ -392,19 +387,19 @@ mod avx2 {
         first: usize,
         sums: &mut [[f32; PANEL]],
     ) {
+        let rows = &x.0[first * w.blocks..(first + sums.len()) * w.blocks];
         /// Picks the instance for the number of rows.
         macro_rules! rows {
             ($kind:expr, $half:expr, $min:expr) => {
                 match sums.len() {
-                    // SAFETY: `dispatch::isa` said AVX2; `kernel` states what it reads, and
-                    // `Packed::forward` checked the lengths.
-                    1 => unsafe { kernel::<$kind, $half, $min, 1>(w, panel, x, first, sums) },
+                    // SAFETY: `dispatch::isa` said AVX2; `rows` holds the rows of `sums`.
+                    1 => unsafe { kernel::<$kind, $half, $min, 1>(w, panel, rows, sums) },
                     // SAFETY: as above.
-                    2 => unsafe { kernel::<$kind, $half, $min, 2>(w, panel, x, first, sums) },
+                    2 => unsafe { kernel::<$kind, $half, $min, 2>(w, panel, rows, sums) },
                     // SAFETY: as above.
-                    3 => unsafe { kernel::<$kind, $half, $min, 3>(w, panel, x, first, sums) },
+                    3 => unsafe { kernel::<$kind, $half, $min, 3>(w, panel, rows, sums) },
                     // SAFETY: as above; a tile has at most four rows.
-                    _ => unsafe { kernel::<$kind, $half, $min, 4>(w, panel, x, first, sums) },
+                    _ => unsafe { kernel::<$kind, $half, $min, 4>(w, panel, rows, sums) },
                 }
             };
         }
@@ -422,165 +417,143 @@ mod avx2 {
         }
     }
 
-    #[inline(always)]
-    unsafe fn factors<const HALF: bool>(f: &Factors, at: usize) -> __m256 {
+    /// Where eight factors begin, as bytes.
+    fn start(f: &Factors, at: usize) -> *const u8 {
         match f {
-            // SAFETY: the caller passes an index with 8 factors from it on; AVX2 and F16C are there.
-            Factors::F16(v) if HALF => unsafe {
-                _mm256_cvtph_ps(_mm_loadu_si128(v.as_ptr().add(at).cast()))
-            },
-            // SAFETY: as above.
-            Factors::F32(v) if !HALF => unsafe { _mm256_loadu_ps(v.as_ptr().add(at)) },
-            _ => unsafe_unreachable(),
+            Factors::F16(v) => v[at..].as_ptr().cast(),
+            Factors::F32(v) => v[at..].as_ptr().cast(),
         }
     }
 
-    #[cold]
-    fn unsafe_unreachable() -> __m256 {
-        unreachable!("the instance matches the factors' type")
+    /// Eight factors.
+    ///
+    /// # Safety
+    /// Needs F16C; `p` points to eight f16 (`HALF`) or f32.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn factors<const HALF: bool>(p: *const u8) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if HALF {
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+            } else {
+                _mm256_loadu_ps(p.cast())
+            }
+        }
+    }
+
+    /// Products of four vectors of weights with 16 activations: sums of two in i16, ready to widen.
+    ///
+    /// # Safety
+    /// Needs AVX2; `q` points to 16 integers.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn half_block<const KIND: u8>(v: &[__m256i; 4], q: *const i32) -> __m256i {
+        let ones = _mm256_set1_epi16(1);
+        // SAFETY: the caller's promise.
+        let act = |g: usize| unsafe { _mm256_set1_epi32(q.add(g).read_unaligned()) };
+        if KIND == BYTE8 {
+            let signed = |g: usize| {
+                let x = _mm256_sign_epi8(act(g), v[g]);
+                _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(v[g]), x), ones)
+            };
+            return _mm256_add_epi32(
+                _mm256_add_epi32(signed(0), signed(1)),
+                _mm256_add_epi32(signed(2), signed(3)),
+            );
+        }
+        let product = |g: usize| _mm256_maddubs_epi16(v[g], act(g));
+        let a = _mm256_add_epi16(product(0), product(1));
+        let b = _mm256_add_epi16(product(2), product(3));
+        if KIND == BYTE6 {
+            _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones))
+        } else {
+            _mm256_madd_epi16(_mm256_add_epi16(a, b), ones)
+        }
     }
 
     /// Sums of one panel for `N` activation rows.
     ///
     /// # Safety
-    /// Needs AVX2, FMA and F16C. Reads `w`'s panel and rows `first .. first + N` of `x`, which must
-    /// have `w.blocks` blocks each; `sums` has at least `N` rows.
+    /// Needs AVX2, FMA and F16C. `x` holds `N` rows of `w.blocks` blocks, `sums` at least `N` rows.
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn kernel<const KIND: u8, const HALF: bool, const MIN: bool, const N: usize>(
         w: &Packed,
         panel: usize,
-        x: &Activations,
-        first: usize,
+        x: &[XBlock],
         sums: &mut [[f32; PANEL]],
     ) {
-        // SAFETY: every pointer below stays in the vectors it comes from, by the caller's promise.
-        unsafe {
-            let blocks = w.blocks;
-            let block_bytes = if KIND == NIBBLE { 128 } else { 256 };
-            let halves = if KIND == BYTE6 { 2 } else { 1 };
-            let mut weights = w.weights.as_ptr().add(panel * blocks * block_bytes);
-            let ones = _mm256_set1_epi16(1);
-            let low = _mm256_set1_epi8(15);
-            let zero = _mm256_setzero_si256();
-            let mut acc = [_mm256_setzero_ps(); N];
-            for b in 0..blocks {
-                let mut v = [zero; 8];
-                if KIND == NIBBLE {
-                    for i in 0..4 {
-                        let both = _mm256_loadu_si256(weights.add(32 * i).cast());
-                        v[i] = _mm256_and_si256(both, low);
-                        v[i + 4] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-                    }
-                } else {
-                    for (i, v) in v.iter_mut().enumerate() {
-                        *v = _mm256_loadu_si256(weights.add(32 * i).cast());
-                    }
-                }
-                weights = weights.add(block_bytes);
+        let blocks = w.blocks;
+        let block_bytes = if KIND == NIBBLE { 128 } else { 256 };
+        let halves = if KIND == BYTE6 { 2 } else { 1 };
+        let factor_bytes = if HALF { 2 } else { 4 } * PANEL;
+        let first_factor = panel * blocks * halves * PANEL;
+        let mut weights = w.weights[panel * blocks * block_bytes..].as_ptr();
+        let mut scales = start(&w.scales, first_factor);
+        let mut mins = w.mins.as_ref().map_or(scales, |m| start(m, first_factor));
+        let low = _mm256_set1_epi8(15);
+        let minus_offset = _mm256_set1_ps(-w.offset as f32);
+        let mut acc = [_mm256_setzero_ps(); N];
+        let mut rows = [x.as_ptr(); N];
+        for (n, row) in rows.iter_mut().enumerate() {
+            *row = x[n * blocks..].as_ptr();
+        }
+        for _ in 0..blocks {
+            // SAFETY: the pointers advance by one block at a time over `blocks` blocks of the
+            // panel's weights and factors and of each row; prefetching touches nothing.
+            unsafe {
                 if N == 1 {
                     // Decoding is bound by memory: ask for the weights some blocks ahead.
                     for line in 0..block_bytes / 64 {
-                        _mm_prefetch::<_MM_HINT_T0>(
-                            weights.wrapping_add(3 * block_bytes + 64 * line).cast(),
-                        );
+                        let ahead = weights.wrapping_add(4 * block_bytes + 64 * line);
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                     }
                 }
-                let factor = (panel * blocks + b) * halves * PANEL;
-                let s0 = factors::<HALF>(&w.scales, factor);
-                let s1 = if halves == 2 {
-                    factors::<HALF>(&w.scales, factor + PANEL)
-                } else {
-                    s0
-                };
-                let (m0, m1) = match &w.mins {
-                    Some(mins) if MIN => (
-                        factors::<HALF>(mins, factor),
-                        if halves == 2 {
-                            factors::<HALF>(mins, factor + PANEL)
+                let mut wide = [_mm256_setzero_si256(); N];
+                for h in 0..2 {
+                    let mut v = [_mm256_setzero_si256(); 4];
+                    for (g, v) in v.iter_mut().enumerate() {
+                        *v = if KIND == NIBBLE {
+                            let both = _mm256_loadu_si256(weights.add(32 * g).cast());
+                            let part = if h == 0 { both } else { _mm256_srli_epi16(both, 4) };
+                            _mm256_and_si256(part, low)
                         } else {
-                            s0
-                        },
-                    ),
-                    _ => (s0, s0),
-                };
-                for n in 0..N {
-                    let row = first + n;
-                    let at = row * blocks + b;
-                    let q = x.q.as_ptr().add(at * BLOCK).cast::<i32>();
-                    let act = |g: usize| _mm256_set1_epi32(q.add(g).read_unaligned());
-                    let x_scale = _mm256_set1_ps(*x.scale.as_ptr().add(at));
-                    let x_sum = x.sum.as_ptr().add(2 * at);
-                    let pair = |g: usize| {
-                        _mm256_add_epi16(
-                            _mm256_maddubs_epi16(v[g], act(g)),
-                            _mm256_maddubs_epi16(v[g + 1], act(g + 1)),
-                        )
-                    };
-                    if KIND == BYTE6 {
-                        for h in 0..2 {
-                            let wide = _mm256_add_epi32(
-                                _mm256_madd_epi16(pair(4 * h), ones),
-                                _mm256_madd_epi16(pair(4 * h + 2), ones),
-                            );
-                            let sum = *x_sum.add(h);
-                            let (s, m) = if h == 0 { (s0, m0) } else { (s1, m1) };
-                            acc[n] = accumulate::<MIN>(acc[n], wide, w.offset, sum, s, m, x_scale);
-                        }
-                        continue;
+                            _mm256_loadu_si256(weights.add(128 * h + 32 * g).cast())
+                        };
                     }
-                    let wide = match KIND {
-                        NIBBLE => {
-                            let a = _mm256_add_epi16(pair(0), pair(2));
-                            let b = _mm256_add_epi16(pair(4), pair(6));
-                            _mm256_madd_epi16(_mm256_add_epi16(a, b), ones)
+                    for n in 0..N {
+                        let q = (*rows[n]).q.as_ptr().add(16 * h).cast();
+                        let part = half_block::<KIND>(&v, q);
+                        wide[n] = if halves == 2 { part } else { _mm256_add_epi32(wide[n], part) };
+                    }
+                    if halves == 2 || h == 1 {
+                        let s = factors::<HALF>(scales);
+                        let mut m = _mm256_mul_ps(s, minus_offset);
+                        if MIN {
+                            m = factors::<HALF>(mins);
                         }
-                        BYTE5 => _mm256_add_epi32(
-                            _mm256_madd_epi16(_mm256_add_epi16(pair(0), pair(2)), ones),
-                            _mm256_madd_epi16(_mm256_add_epi16(pair(4), pair(6)), ones),
-                        ),
-                        _ => {
-                            let mut wide = zero;
-                            for (g, v) in v.iter().enumerate() {
-                                let signed = _mm256_sign_epi8(act(g), *v);
-                                let products = _mm256_maddubs_epi16(_mm256_abs_epi8(*v), signed);
-                                wide = _mm256_add_epi32(wide, _mm256_madd_epi16(products, ones));
+                        for n in 0..N {
+                            let x = &*rows[n];
+                            let scale = _mm256_mul_ps(s, _mm256_set1_ps(x.scale));
+                            acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide[n]), scale, acc[n]);
+                            if KIND != BYTE8 {
+                                let sum = if halves == 2 { x.sum_half[h] } else { x.sum };
+                                acc[n] = _mm256_fmadd_ps(m, _mm256_set1_ps(sum), acc[n]);
                             }
-                            wide
                         }
-                    };
-                    let sum = *x_sum + *x_sum.add(1);
-                    acc[n] = accumulate::<MIN>(acc[n], wide, w.offset, sum, s0, m0, x_scale);
+                        scales = scales.add(factor_bytes);
+                        mins = mins.add(if MIN { factor_bytes } else { 0 });
+                    }
                 }
-            }
-            for (acc, sums) in acc.iter().zip(sums) {
-                _mm256_storeu_ps(sums.as_mut_ptr(), *acc);
+                weights = weights.add(block_bytes);
+                for row in &mut rows {
+                    *row = row.add(1);
+                }
             }
         }
-    }
-
-    /// Adds one group: `acc + (wide - offset * sum) s x + m (x sum)`.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn accumulate<const MIN: bool>(
-        acc: __m256,
-        wide: __m256i,
-        offset: i32,
-        sum: i32,
-        s: __m256,
-        m: __m256,
-        x_scale: __m256,
-    ) -> __m256 {
-        let dot = if MIN {
-            wide
-        } else {
-            _mm256_sub_epi32(wide, _mm256_set1_epi32(offset * sum))
-        };
-        let acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(s, x_scale), acc);
-        if MIN {
-            let shift = _mm256_mul_ps(x_scale, _mm256_set1_ps(sum as f32));
-            _mm256_fmadd_ps(m, shift, acc)
-        } else {
-            acc
+        for (acc, sums) in acc.iter().zip(sums) {
+            // SAFETY: `sums` has eight values.
+            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), *acc) };
         }
     }
 }
