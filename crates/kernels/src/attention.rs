@@ -1,10 +1,15 @@
 //! Causal attention over ragged sequences with caches: grouped heads, sliding window, soft cap.
 //!
 //! `out = softmax(scale q kᵀ + mask) v`, one task a (sequence, key-value head). The queries of a task
-//! are the rows of all its grouped heads, eight at a time: they share each key row that is read, and
-//! eight dot products end in one vector. Scores of a tile stay in a buffer of `8 x length`, so the
-//! cost in memory is linear in the context. A row's result has the same bits whatever it is batched
-//! with.
+//! are the rows of all its grouped heads, eight at a time: a vector holds one number for each of the
+//! eight, so scores need no sum across a vector, and softmax and masks work on whole vectors. Each key
+//! that is read serves all eight. Scores of a tile stay in a buffer of `8 x length`: the cost in memory
+//! is linear in the context, and a second pass over the scores is cheaper than the rescaling that an
+//! online softmax pays.
+//!
+//! Every sum runs over positions in ascending order and what a query does not see weighs exactly 0, so
+//! a row's result has the same bits whatever it is batched with (as long as the cache is finite:
+//! 0 times infinity is not 0).
 
 use rayon::prelude::*;
 
@@ -43,8 +48,12 @@ pub struct SeqAttention<'a> {
     pub out: &'a mut [f32],
 }
 
-/// Queries in a tile.
+/// Queries in a tile: one vector.
 const TILE: usize = 8;
+/// Keys that are scored together: as many sums as hide the latency of a multiply-add.
+const KEYS: usize = 8;
+/// Values of a head that are mixed together, for four queries at once.
+const WIDTH: usize = 16;
 
 /// Attention of every sequence in `seqs`.
 ///
@@ -96,7 +105,11 @@ pub fn attention(shape: &AttentionShape, seqs: &mut [SeqAttention<'_>]) {
             }
         }
     }
-    tasks.into_par_iter().for_each(|mut task| task.run(shape));
+    tasks
+        .into_par_iter()
+        .for_each_init(Scratch::default, |scratch, mut task| {
+            task.run(shape, scratch);
+        });
 }
 
 /// Queries `first ..` of one key-value head; query `i` is row `i / group`, head `i % group`.
@@ -111,7 +124,7 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    fn run(&mut self, shape: &AttentionShape) {
+    fn run(&mut self, shape: &AttentionShape, scratch: &mut Scratch) {
         let AttentionShape {
             n_heads,
             n_kv_heads,
@@ -120,154 +133,193 @@ impl Task<'_> {
         } = *shape;
         let group = n_heads / n_kv_heads;
         let kv_row = n_kv_heads * d_head;
-        let mut scores = Vec::new();
         for (t, out) in self.out.chunks_mut(TILE).enumerate() {
             let first = self.first + t * TILE;
-            let queries: Vec<(&[f32], usize)> = (first..first + out.len())
-                .map(|i| {
-                    let (row, head) = (i / group, self.kv * group + i % group);
-                    let at = (row * n_heads + head) * d_head;
-                    (&self.q[at..at + d_head], self.start + row)
-                })
-                .collect();
-            let last = queries.iter().map(|q| q.1).max().unwrap_or(0);
-            let oldest = queries.iter().map(|q| q.1).min().unwrap_or(0);
-            let from = shape.window.map_or(0, |w| (oldest + 1).saturating_sub(w));
-            let length = last + 1 - from;
-            scores.clear();
-            scores.resize(TILE * length, 0.0f32);
-            let mut rows = [queries[0].0; TILE];
-            for (row, q) in rows.iter_mut().zip(&queries) {
-                *row = q.0;
-            }
-            let keys = &self.k[from * kv_row + self.kv * d_head..];
-            score_tile(&rows, keys, kv_row, length, shape.scale, &mut scores);
-            let values = &self.v[from * kv_row + self.kv * d_head..];
-            for (i, ((_, position), out)) in queries.iter().zip(out.iter_mut()).enumerate() {
-                let begin = shape.window.map_or(0, |w| (position + 1).saturating_sub(w)) - from;
-                let row = &mut scores[i * length..(i + 1) * length][begin..=position - from];
-                if let Some(cap) = shape.softcap {
-                    ops::softcap(row, cap);
-                }
-                ops::softmax(row);
-                out.fill(0.0);
-                weighted_sum(row, &values[begin * kv_row..], kv_row, out);
-            }
+            // A tile that is not full repeats its last query.
+            let query = |i: usize| first + i.min(out.len() - 1);
+            let position = |i: usize| self.start + query(i) / group;
+            let oldest = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
+            let from = oldest(position(0));
+            let cache = from * kv_row + self.kv * d_head;
+            let tile = Tile {
+                q: std::array::from_fn(|i| {
+                    let (row, head) = (query(i) / group, self.kv * group + query(i) % group);
+                    &self.q[(row * n_heads + head) * d_head..][..d_head]
+                }),
+                seen_from: std::array::from_fn(|i| (oldest(position(i)) - from) as u32),
+                seen_to: std::array::from_fn(|i| (position(i) - from) as u32),
+                keys: &self.k[cache..],
+                values: &self.v[cache..],
+                stride: kv_row,
+                length: position(TILE - 1) + 1 - from,
+                scale: shape.scale,
+                softcap: shape.softcap,
+            };
+            tile.run(scratch, out);
         }
     }
 }
 
-#[inline(always)]
-fn score_tile_body<const FMA: bool>(
-    q: &[&[f32]; TILE],
-    keys: &[f32],
+/// Buffers of a thread.
+#[derive(Default)]
+struct Scratch {
+    q: Vec<Lanes>,      // [d_head], scaled
+    scores: Vec<Lanes>, // [length]
+}
+
+/// One value for each query of a tile.
+type Lanes = [f32; TILE];
+
+/// Eight queries with the stretch of the cache that at least one of them sees.
+struct Tile<'a> {
+    q: [&'a [f32]; TILE],
+    /// First and last position that each query sees, counted from the first key.
+    seen_from: [u32; TILE],
+    seen_to: [u32; TILE],
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// Values from one position to the next.
     stride: usize,
     length: usize,
     scale: f32,
-    scores: &mut [f32],
-) {
-    let d = q[0].len();
-    let whole = d / 8 * 8;
-    for p in 0..length {
-        let key = &keys[p * stride..p * stride + d];
-        let mut acc = [[0.0f32; 8]; TILE];
-        for at in (0..whole).step_by(8) {
-            let k = &key[at..at + 8];
-            for (acc, q) in acc.iter_mut().zip(q) {
-                let q = &q[at..at + 8];
-                for i in 0..8 {
-                    acc[i] = if FMA {
-                        q[i].mul_add(k[i], acc[i])
-                    } else {
-                        q[i] * k[i] + acc[i]
-                    };
-                }
-            }
+    softcap: Option<f32>,
+}
+
+impl Tile<'_> {
+    fn run(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx2 {
+            // SAFETY: `isa` returns Avx2 only where the processor has these features.
+            return unsafe { self.run_avx2(scratch, out) };
         }
-        for (t, (a, q)) in acc.iter().zip(q).enumerate() {
-            let mut sum = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-            for i in whole..d {
-                sum += q[i] * key[i];
-            }
-            scores[t * length + p] = sum * scale;
-        }
+        self.body::<false>(scratch, out);
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn score_tile_avx2(
-    q: &[&[f32]; TILE],
-    keys: &[f32],
-    stride: usize,
-    length: usize,
-    scale: f32,
-    scores: &mut [f32],
-) {
-    score_tile_body::<true>(q, keys, stride, length, scale, scores);
-}
-
-/// `scores[t, p] = scale q_t . k_p` for `length` keys, `stride` values apart.
-fn score_tile(
-    q: &[&[f32]; TILE],
-    keys: &[f32],
-    stride: usize,
-    length: usize,
-    scale: f32,
-    scores: &mut [f32],
-) {
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx2 {
-        // SAFETY: `isa` returns Avx2 only where the processor has these features.
-        return unsafe { score_tile_avx2(q, keys, stride, length, scale, scores) };
+    #[target_feature(enable = "avx2,fma")]
+    fn run_avx2(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+        self.body::<true>(scratch, out);
     }
-    score_tile_body::<false>(q, keys, stride, length, scale, scores);
-}
 
-#[inline(always)]
-fn weighted_sum_body<const FMA: bool>(p: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
-    let d = out.len();
-    // 64 outputs stay in registers over all positions.
-    for from in (0..d).step_by(64) {
-        let width = (d - from).min(64);
-        let mut acc = [0.0f32; 64];
-        if width == 64 {
-            for (j, &p) in p.iter().enumerate() {
-                let v = &values[j * stride + from..j * stride + from + 64];
-                for i in 0..64 {
-                    acc[i] = if FMA {
-                        p.mul_add(v[i], acc[i])
-                    } else {
-                        p * v[i] + acc[i]
-                    };
-                }
-            }
-        } else {
-            for (j, &p) in p.iter().enumerate() {
-                let v = &values[j * stride + from..j * stride + from + width];
-                for (a, v) in acc.iter_mut().zip(v) {
-                    *a = if FMA { p.mul_add(*v, *a) } else { p * v + *a };
+    #[inline(always)]
+    fn body<const FMA: bool>(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+        let Scratch { q, scores } = scratch;
+        q.clear();
+        q.extend((0..self.q[0].len()).map(|i| self.q.map(|q| q[i] * self.scale)));
+        scores.clear();
+        scores.resize(self.length, [0.0; TILE]);
+        let whole = self.length / KEYS * KEYS;
+        for p in (0..whole).step_by(KEYS) {
+            self.score::<FMA, KEYS>(q, p, &mut scores[p..p + KEYS]);
+        }
+        for p in whole..self.length {
+            self.score::<FMA, 1>(q, p, &mut scores[p..p + 1]);
+        }
+        let sums = self.weigh(scores);
+        for (first, out) in out.chunks_mut(4).enumerate() {
+            self.mix::<FMA>(4 * first, scores, &sums, out);
+        }
+    }
+
+    /// Scores of `N` keys from `p` on.
+    #[inline(always)]
+    fn score<const FMA: bool, const N: usize>(&self, q: &[Lanes], p: usize, scores: &mut [Lanes]) {
+        let d = q.len();
+        let keys: [&[f32]; N] = std::array::from_fn(|j| &self.keys[(p + j) * self.stride..][..d]);
+        let mut acc = [[0.0f32; TILE]; N];
+        for (i, q) in q.iter().enumerate() {
+            for (acc, key) in acc.iter_mut().zip(keys) {
+                for lane in 0..TILE {
+                    acc[lane] = mul_add::<FMA>(q[lane], key[i], acc[lane]);
                 }
             }
         }
-        out[from..from + width].copy_from_slice(&acc[..width]);
+        scores.copy_from_slice(&acc);
+    }
+
+    /// Turns scores into `e^(score - max)`, zero where a query does not look; returns their sums.
+    #[inline(always)]
+    fn weigh(&self, scores: &mut [Lanes]) -> Lanes {
+        if let Some(cap) = self.softcap {
+            for scores in scores.iter_mut() {
+                for s in scores {
+                    *s = cap * ops::tanh(*s / cap);
+                }
+            }
+        }
+        let sees = |p: usize, lane: usize| {
+            (p as u32 >= self.seen_from[lane]) & (p as u32 <= self.seen_to[lane])
+        };
+        let mut max = [f32::NEG_INFINITY; TILE];
+        for (p, scores) in scores.iter().enumerate() {
+            for lane in 0..TILE {
+                let larger = (scores[lane] > max[lane]) & sees(p, lane);
+                max[lane] = if larger { scores[lane] } else { max[lane] };
+            }
+        }
+        let mut sums = [0.0f32; TILE];
+        for (p, scores) in scores.iter_mut().enumerate() {
+            for lane in 0..TILE {
+                let e = ops::exp(scores[lane] - max[lane]);
+                scores[lane] = if sees(p, lane) { e } else { 0.0 };
+                sums[lane] += scores[lane];
+            }
+        }
+        sums
+    }
+
+    /// Weighted means of the values for up to four queries from `first` on.
+    #[inline(always)]
+    fn mix<const FMA: bool>(
+        &self,
+        first: usize,
+        weights: &[Lanes],
+        sums: &Lanes,
+        out: &mut [&mut [f32]],
+    ) {
+        let d = self.q[0].len();
+        let whole = d / WIDTH * WIDTH;
+        for from in (0..whole).step_by(WIDTH) {
+            // Fixed lengths only: these sums must stay in registers.
+            let mut acc = [[0.0f32; WIDTH]; 4];
+            let rows = self.values[from..].chunks(self.stride);
+            for (weights, row) in weights.iter().zip(rows) {
+                let (Some(weights), Some(row)) = (
+                    weights[first..].first_chunk::<4>(),
+                    row.first_chunk::<WIDTH>(),
+                ) else {
+                    break; // no row is shorter than a head
+                };
+                for t in 0..4 {
+                    for i in 0..WIDTH {
+                        acc[t][i] = mul_add::<FMA>(weights[t], row[i], acc[t][i]);
+                    }
+                }
+            }
+            for (t, (out, acc)) in out.iter_mut().zip(&acc).enumerate() {
+                let inverse = 1.0 / sums[first + t];
+                for (o, a) in out[from..from + WIDTH].iter_mut().zip(acc) {
+                    *o = a * inverse;
+                }
+            }
+        }
+        for i in whole..d {
+            for (t, out) in out.iter_mut().enumerate() {
+                let values = self.values[i..].iter().step_by(self.stride);
+                let sum = weights
+                    .iter()
+                    .zip(values)
+                    .fold(0.0, |sum, (w, v)| mul_add::<FMA>(w[first + t], *v, sum));
+                out[i] = sum / sums[first + t];
+            }
+        }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn weighted_sum_avx2(p: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
-    weighted_sum_body::<true>(p, values, stride, out);
-}
-
-/// `out = sum_j p_j v_j` for values `stride` apart.
-fn weighted_sum(p: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx2 {
-        // SAFETY: `isa` returns Avx2 only where the processor has these features.
-        return unsafe { weighted_sum_avx2(p, values, stride, out) };
-    }
-    weighted_sum_body::<false>(p, values, stride, out);
+/// `a b + c`, rounded once where the instruction set does that.
+#[inline(always)]
+fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
 #[cfg(test)]

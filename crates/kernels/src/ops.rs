@@ -50,6 +50,25 @@ pub(crate) fn exp(x: f32) -> f32 {
     (p * r * r + r + 1.0) * scale
 }
 
+/// `tanh x` to within 3e-7 relative, without branches: Cephes' `tanhf`, an odd polynomial below 0.625
+/// in magnitude and `1 - 2 / (e^{2 x} + 1)` above.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let s = x * x;
+    let mut p = -5.704_988_7e-3;
+    p = p * s + 2.063_908_9e-2;
+    p = p * s - 5.373_971_6e-2;
+    p = p * s + 1.333_144_2e-1;
+    p = p * s - 3.333_328_2e-1;
+    let near = x + x * s * p;
+    let far = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
+    if x.abs() < 0.625 {
+        near
+    } else {
+        far.copysign(x)
+    }
+}
+
 /// Sum with eight running lanes, in a fixed order.
 #[inline(always)]
 fn lanes_sum(a: [f32; 8]) -> f32 {
@@ -242,13 +261,23 @@ pub fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
     in_chunks(gate, up, gelu_one);
 }
 
+#[inline(always)]
+fn softcap_body(x: &mut [f32], cap: f32) {
+    for v in x {
+        *v = cap * tanh(*v / cap);
+    }
+}
+
+dispatched! {
+    fn softcap_one / softcap_avx2 / softcap_body (x: &mut [f32], cap: f32)
+}
+
 /// `x = cap tanh(x / cap)`.
 pub fn softcap(x: &mut [f32], cap: f32) {
-    let run = |x: &mut [f32]| x.iter_mut().for_each(|v| *v = cap * (*v / cap).tanh());
     if x.len() < PARALLEL_FROM {
-        run(x);
+        softcap_one(x, cap);
     } else {
-        x.par_chunks_mut(8192).for_each(run);
+        x.par_chunks_mut(8192).for_each(|x| softcap_one(x, cap));
     }
 }
 
@@ -367,6 +396,18 @@ mod tests {
             assert!(relative < 2e-7, "exp({x}): {relative}");
         }
         assert!(exp(-200.0) < 2e-38);
+    }
+
+    #[test]
+    fn tanh_is_accurate() {
+        for i in -3000..3000 {
+            let x = i as f32 * 0.004 + 1e-4;
+            let expected = f64::from(x).tanh();
+            let relative = ((f64::from(tanh(x)) - expected) / expected).abs();
+            assert!(relative < 3e-7, "tanh({x}): {relative}");
+        }
+        assert_eq!((tanh(1e30), tanh(-1e30), tanh(0.0)), (1.0, -1.0, 0.0));
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     #[test]
