@@ -63,7 +63,7 @@ impl Linear {
             block: ty.block_len(),
         };
         let row = ty.row_bytes(in_features).ok_or(block)?;
-        let expected = row.checked_mul(out_features).unwrap_or(usize::MAX);
+        let expected = row.saturating_mul(out_features);
         if bytes.len() != expected {
             return Err(KernelError::Length {
                 what: "weights",
@@ -80,7 +80,7 @@ impl Linear {
         let weights = match (ty, precision) {
             (GgmlType::F16, Precision::Fast) => Weights::F16(words()),
             (GgmlType::BF16, Precision::Fast) => Weights::Bf16(words()),
-            (ty, Precision::Fast) if ty.is_quantised() && in_features % BLOCK == 0 => {
+            (ty, Precision::Fast) if ty.is_quantised() && in_features.is_multiple_of(BLOCK) => {
                 Weights::Packed(Packed::new(ty, bytes, out_features, in_features))
             }
             _ => {
@@ -107,7 +107,7 @@ impl Linear {
         out_features: usize,
         in_features: usize,
     ) -> Result<Self, KernelError> {
-        let expected = out_features.checked_mul(in_features).unwrap_or(usize::MAX);
+        let expected = out_features.saturating_mul(in_features);
         if w.len() != expected {
             return Err(KernelError::Length {
                 what: "weights",

@@ -56,10 +56,10 @@ pub(crate) fn exp(x: f32) -> f32 {
 pub(crate) fn tanh(x: f32) -> f32 {
     let s = x * x;
     let mut p = -5.704_988_7e-3;
-    p = p * s + 2.063_908_9e-2;
+    p = p * s + 2.063_909e-2;
     p = p * s - 5.373_971_6e-2;
     p = p * s + 1.333_144_2e-1;
-    p = p * s - 3.333_328_2e-1;
+    p = p * s - 3.333_328e-1;
     let near = x + x * s * p;
     let far = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
     if x.abs() < 0.625 {

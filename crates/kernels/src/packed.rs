@@ -115,7 +115,9 @@ impl Activations {
         if x.len() < 1 << 14 {
             one((x, &mut self.0));
         } else {
-            x.par_chunks(columns).zip(self.0.par_chunks_mut(blocks)).for_each(one);
+            x.par_chunks(columns)
+                .zip(self.0.par_chunks_mut(blocks))
+                .for_each(one);
         }
     }
 }
@@ -128,7 +130,11 @@ fn quantise(x: &[f32], out: &mut [XBlock]) {
         let mut lanes = [0.0f32; 8];
         for x in x.as_chunks::<8>().0 {
             for i in 0..8 {
-                lanes[i] = if x[i].abs() > lanes[i] { x[i].abs() } else { lanes[i] };
+                lanes[i] = if x[i].abs() > lanes[i] {
+                    x[i].abs()
+                } else {
+                    lanes[i]
+                };
             }
         }
         let largest = lanes.iter().copied().fold(0.0, f32::max);
@@ -288,25 +294,27 @@ impl Packed {
         } else {
             (L2_WEIGHTS / panel_bytes).clamp(enough, (panels / (4 * crate::threads())).max(enough))
         };
-        (0..panels.div_ceil(group)).into_par_iter().for_each(|task| {
-            let mut sums = [[0.0f32; PANEL]; TILE];
-            for first in (0..n).step_by(TILE) {
-                let tile = (n - first).min(TILE);
-                for panel in task * group..((task + 1) * group).min(panels) {
-                    self.panel(panel, x, first, &mut sums[..tile]);
-                    for (t, sums) in sums[..tile].iter().enumerate() {
-                        let rows = (self.rows - panel * PANEL).min(PANEL);
-                        for (r, sum) in sums[..rows].iter().enumerate() {
-                            let row = panel * PANEL + r;
-                            let value = sum + bias.map_or(0.0, |b| b[row]);
-                            // SAFETY: `row` is below `rows` and the activation row below `n`, so the
-                            // element is in bounds; tasks partition the rows among them.
-                            unsafe { out.write((first + t) * self.rows + row, value) };
+        (0..panels.div_ceil(group))
+            .into_par_iter()
+            .for_each(|task| {
+                let mut sums = [[0.0f32; PANEL]; TILE];
+                for first in (0..n).step_by(TILE) {
+                    let tile = (n - first).min(TILE);
+                    for panel in task * group..((task + 1) * group).min(panels) {
+                        self.panel(panel, x, first, &mut sums[..tile]);
+                        for (t, sums) in sums[..tile].iter().enumerate() {
+                            let rows = (self.rows - panel * PANEL).min(PANEL);
+                            for (r, sum) in sums[..rows].iter().enumerate() {
+                                let row = panel * PANEL + r;
+                                let value = sum + bias.map_or(0.0, |b| b[row]);
+                                // SAFETY: `row` is below `rows` and the activation row below `n`, so the
+                                // element is in bounds; tasks partition the rows among them.
+                                unsafe { out.write((first + t) * self.rows + row, value) };
+                            }
                         }
                     }
                 }
-            }
-        });
+            });
     }
 
     /// The sums of one panel for up to four activation rows from `first` on.
@@ -348,7 +356,11 @@ impl Packed {
             for (b, x) in row.iter().enumerate() {
                 for h in 0..self.halves {
                     let groups = 8 / self.halves;
-                    let x_sum = if self.halves == 1 { x.sum } else { x.sum_half[h] };
+                    let x_sum = if self.halves == 1 {
+                        x.sum
+                    } else {
+                        x.sum_half[h]
+                    };
                     let factor = ((panel * self.blocks + b) * self.halves + h) * PANEL;
                     for (r, sum) in sums.iter_mut().enumerate() {
                         let mut dot = 0;
@@ -515,7 +527,11 @@ mod avx2 {
                     for (g, v) in v.iter_mut().enumerate() {
                         *v = if KIND == NIBBLE {
                             let both = _mm256_loadu_si256(weights.add(32 * g).cast());
-                            let part = if h == 0 { both } else { _mm256_srli_epi16(both, 4) };
+                            let part = if h == 0 {
+                                both
+                            } else {
+                                _mm256_srli_epi16(both, 4)
+                            };
                             _mm256_and_si256(part, low)
                         } else {
                             _mm256_loadu_si256(weights.add(128 * h + 32 * g).cast())
@@ -524,7 +540,11 @@ mod avx2 {
                     for n in 0..N {
                         let q = (*rows[n]).q.as_ptr().add(16 * h).cast();
                         let part = half_block::<KIND>(&v, q);
-                        wide[n] = if halves == 2 { part } else { _mm256_add_epi32(wide[n], part) };
+                        wide[n] = if halves == 2 {
+                            part
+                        } else {
+                            _mm256_add_epi32(wide[n], part)
+                        };
                     }
                     if halves == 2 || h == 1 {
                         let s = factors::<HALF>(scales);

@@ -107,7 +107,7 @@ impl GgmlType {
 
     /// Bytes of a row of `n` values; `None` if that is not whole blocks, or overflows.
     pub fn row_bytes(self, n: usize) -> Option<usize> {
-        (n % self.block_len() == 0)
+        n.is_multiple_of(self.block_len())
             .then(|| (n / self.block_len()).checked_mul(self.block_bytes()))?
     }
 
