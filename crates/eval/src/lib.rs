@@ -1,2 +1,16 @@
 //! Suites, judges, statistics and arms; the JSON record is the truth.
+//!
+//! [`prompts`] are run under [`arms`], replies are sorted by the [`judge`], texts are priced by
+//! [`text`], and [`record`] keeps it all. Views recompute nothing. Statistics are in
+//! [`stats`], shared with discovery.
 #![forbid(unsafe_code)]
+
+pub mod arms;
+mod error;
+pub mod judge;
+pub mod prompts;
+pub mod record;
+pub mod text;
+
+pub use demur_features::stats;
+pub use error::EvalError;

@@ -30,7 +30,10 @@ impl CodedSequence {
             .chunks_exact(self.codes.k)
             .zip(self.codes.val.chunks_exact(self.codes.k))
             .map(|(idx, val)| {
-                idx.iter().zip(val).find_map(|(&j, &v)| (j == latent).then_some(v)).unwrap_or(0.0)
+                idx.iter()
+                    .zip(val)
+                    .find_map(|(&j, &v)| (j == latent).then_some(v))
+                    .unwrap_or(0.0)
             })
             .collect()
     }
@@ -40,7 +43,10 @@ impl CodedSequence {
         let mut out = vec![0.0f32; d_sae];
         let k = self.codes.k;
         let range = window.start.min(self.tokens.len()) * k..window.end.min(self.tokens.len()) * k;
-        for (&j, &v) in self.codes.idx[range.clone()].iter().zip(&self.codes.val[range]) {
+        for (&j, &v) in self.codes.idx[range.clone()]
+            .iter()
+            .zip(&self.codes.val[range])
+        {
             let o = &mut out[j as usize];
             *o = o.max(v);
         }
@@ -76,8 +82,15 @@ pub fn latent_stats(corpus: &[CodedSequence], sae: &Sae) -> LatentStats {
             }
         }
     }
-    let density = count.iter().map(|&c| c as f64 / n_tokens.max(1) as f64).collect();
-    LatentStats { n_tokens, density, max_activation }
+    let density = count
+        .iter()
+        .map(|&c| c as f64 / n_tokens.max(1) as f64)
+        .collect();
+    LatentStats {
+        n_tokens,
+        density,
+        max_activation,
+    }
 }
 
 /// The `n` sequences in which `latent` is most active, with `radius` tokens of context around the
@@ -131,7 +144,10 @@ pub fn active_on_reply(
     let k = sequence.codes.k;
     let range = reply.start * k..reply.end.min(sequence.tokens.len()) * k;
     let mut counts = std::collections::BTreeMap::<u32, usize>::new();
-    for (&j, &v) in sequence.codes.idx[range.clone()].iter().zip(&sequence.codes.val[range]) {
+    for (&j, &v) in sequence.codes.idx[range.clone()]
+        .iter()
+        .zip(&sequence.codes.val[range])
+    {
         if v > 0.0 {
             *counts.entry(j).or_default() += 1;
         }

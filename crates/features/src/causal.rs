@@ -37,7 +37,10 @@ pub fn last_logits(
         }
         let batch = &prompts[first..end];
         let mut caches: Vec<_> = batch.iter().map(|_| model.new_cache()).collect();
-        let mut states: Vec<_> = batch.iter().map(|_| hook.map(Intervention::start)).collect();
+        let mut states: Vec<_> = batch
+            .iter()
+            .map(|_| hook.map(Intervention::start))
+            .collect();
         let sites = hook.map(Intervention::sites).unwrap_or_default();
         let mut inputs: Vec<SeqInput<'_>> = batch
             .iter()
@@ -81,7 +84,12 @@ pub fn mean_kl(base: &[Vec<f32>], arm: &[Vec<f32>]) -> f64 {
 fn kl(p: &[f32], q: &[f32]) -> f64 {
     let norm = |row: &[f32]| {
         let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        f64::from(max) + row.iter().map(|&l| f64::from(l - max).exp()).sum::<f64>().ln()
+        f64::from(max)
+            + row
+                .iter()
+                .map(|&l| f64::from(l - max).exp())
+                .sum::<f64>()
+                .ln()
     };
     let (zp, zq) = (norm(p), norm(q));
     p.iter()

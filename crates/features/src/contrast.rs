@@ -71,7 +71,9 @@ pub fn contrast(
         evidence.q = q;
     }
     found.sort_by(|(i, a), (j, b)| {
-        (b.auroc.total_cmp(&a.auroc)).then(b.diff.total_cmp(&a.diff)).then(i.cmp(j))
+        (b.auroc.total_cmp(&a.auroc))
+            .then(b.diff.total_cmp(&a.diff))
+            .then(i.cmp(j))
     });
     Ok(found)
 }
@@ -83,10 +85,12 @@ mod tests {
     #[test]
     fn ranks_the_latent_that_separates_and_drops_the_dense_one() {
         // latent 0 separates, 1 is reversed, 2 never fires, 3 separates but is dense.
-        let positive: Vec<PromptSummary> =
-            (0..5).map(|i| vec![2.0 + i as f32, 0.0, 0.0, 5.0]).collect();
-        let negative: Vec<PromptSummary> =
-            (0..5).map(|i| vec![i as f32 * 0.1, 1.0, 0.0, 0.0]).collect();
+        let positive: Vec<PromptSummary> = (0..5)
+            .map(|i| vec![2.0 + i as f32, 0.0, 0.0, 5.0])
+            .collect();
+        let negative: Vec<PromptSummary> = (0..5)
+            .map(|i| vec![i as f32 * 0.1, 1.0, 0.0, 0.0])
+            .collect();
         let (p, n): (Vec<_>, Vec<_>) = (positive.iter().collect(), negative.iter().collect());
         let found = contrast("test", &p, &n, &[0.1, 0.1, 0.0, 0.9], 0.5).unwrap();
         assert_eq!(found.iter().map(|f| f.0).collect::<Vec<_>>(), [0, 1]);
