@@ -86,8 +86,8 @@ impl Rope {
         }
     }
 
-    /// The inverse frequencies for a sequence of `length` tokens. As in the reference
-    /// implementation, keys that are already in a cache keep the set that they were written with.
+    /// The inverse frequencies for a sequence that reaches `length` tokens; see
+    /// [`KvCache`](crate::decoder::KvCache) for what a cache makes of it.
     pub fn frequencies(&self, length: usize) -> &[f32] {
         match &self.long {
             Some((long, original)) if length > *original => long,
@@ -130,6 +130,13 @@ pub struct TensorNames {
 }
 
 impl ModelSpec {
+    /// LongRoPE's original context: longer sequences have other rotary frequencies from their first
+    /// token on.
+    pub fn original_context(&self) -> Option<usize> {
+        let longs = self.ropes.iter().filter_map(|r| r.long.as_ref());
+        longs.map(|l| l.1).min()
+    }
+
     /// Reads the description and the tensor names from a checkpoint's metadata.
     ///
     /// # Errors
@@ -164,7 +171,7 @@ impl ModelSpec {
                 );
             }
         }
-        if self.n_heads % self.n_kv_heads != 0 {
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let rule = format!("must divide n_heads = {}", self.n_heads);
             return bad("n_kv_heads", self.n_kv_heads.to_string(), rule);
         }

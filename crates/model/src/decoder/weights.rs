@@ -45,7 +45,7 @@ pub(super) struct Weights {
     pub embed: String,
     pub layers: Vec<Layer>,
     pub final_norm: Vec<f32>,
-    head: Linear,
+    pub head: Linear,
 }
 
 impl Weights {
@@ -78,10 +78,6 @@ impl Weights {
                 .linear(head, 0, spec.d_vocab, spec.d_vocab, d)?
                 .linear,
         })
-    }
-
-    pub(super) fn head(&self) -> &Linear {
-        &self.head
     }
 
     /// Bytes of all packed weights.

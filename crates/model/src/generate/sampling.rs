@@ -4,7 +4,7 @@
 //! Each request has its own generator seeded by the request, so what is drawn does not depend on
 //! what else is in the batch.
 
-use demur_kernels::ops::{argmax, softmax, top_k_indices};
+use demur_kernels::ops::{argmax, top_k_indices};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -102,54 +102,89 @@ impl Sampler {
         Self { settings, rng }
     }
 
-    /// Chooses from `logits`, which may be changed; `seen` are the tokens so far.
-    pub(crate) fn choose(&mut self, logits: &mut [f32], seen: &[u32]) -> u32 {
-        let s = &self.settings;
-        if s.repetition_penalty != 1.0 {
-            let mut seen: Vec<u32> = seen.to_vec();
-            seen.sort_unstable();
-            seen.dedup();
-            for id in seen {
-                if let Some(l) = logits.get_mut(id as usize) {
-                    *l = if *l > 0.0 {
-                        *l / s.repetition_penalty
-                    } else {
-                        *l * s.repetition_penalty
-                    };
-                }
-            }
-        }
-        if s.temperature == 0.0 {
+    /// Chooses from `logits`; `seen` are the tokens so far.
+    pub(crate) fn choose(&mut self, logits: &[f32], seen: [&[u32]; 2]) -> u32 {
+        let penalised;
+        let logits = if self.settings.repetition_penalty == 1.0 {
+            logits
+        } else {
+            penalised = self.penalise(logits, seen.concat());
+            &penalised
+        };
+        if self.settings.temperature == 0.0 {
             return argmax(logits) as u32;
         }
-        let keep = if s.top_k == 0 { logits.len() } else { s.top_k };
-        let mut top = Vec::new();
-        top_k_indices(logits, keep, &mut top);
-        let mut p: Vec<f32> = top.iter().map(|t| t.1 / s.temperature).collect();
-        softmax(&mut p);
-        let mut kept = p.len();
-        if s.top_p < 1.0 {
-            let mut sum = 0.0;
-            let enough = p.iter().position(|v| {
-                sum += v;
-                sum >= s.top_p
-            });
-            kept = enough.map_or(kept, |i| i + 1);
-        }
-        if s.min_p > 0.0 {
-            let bar = s.min_p * p.first().copied().unwrap_or(0.0);
-            kept = kept.min(p.iter().take_while(|v| **v >= bar).count());
-        }
-        let p = &p[..kept.max(1).min(p.len())];
-        let mut left = self.rng.random::<f32>() * p.iter().sum::<f32>();
-        for (v, t) in p.iter().zip(&top) {
-            left -= v;
-            if left < 0.0 {
-                return t.0;
+        let u = self.rng.random::<f32>();
+        self.draw(logits, u)
+    }
+
+    fn penalise(&self, logits: &[f32], mut seen: Vec<u32>) -> Vec<f32> {
+        let penalty = self.settings.repetition_penalty;
+        let mut logits = logits.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            if let Some(l) = logits.get_mut(id as usize) {
+                *l = if *l > 0.0 { *l / penalty } else { *l * penalty };
             }
         }
-        top.get(p.len().saturating_sub(1)).map_or(0, |t| t.0)
+        logits
     }
+
+    /// The token at the share `u` of the probability that the limits leave.
+    fn draw(&self, logits: &[f32], u: f32) -> u32 {
+        let s = &self.settings;
+        let all = s.top_k == 0 || s.top_k >= logits.len();
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let p = |l: f32| ((l - max) / s.temperature).exp();
+        if all && s.top_p == 1.0 && s.min_p == 0.0 {
+            // Nothing is left out: no order is needed.
+            let total: f32 = logits.iter().map(|&l| p(l)).sum();
+            return pick(logits.iter().map(|&l| p(l)).zip(0..), u * total);
+        }
+        let limit = if all { logits.len() } else { s.top_k };
+        // A few of the largest mostly settle it; if not, more of them.
+        let mut k = if all { limit.min(64) } else { limit };
+        let mut top = Vec::new();
+        loop {
+            top_k_indices(logits, k, &mut top);
+            let total: f32 = if all {
+                logits.iter().map(|&l| p(l)).sum()
+            } else {
+                top.iter().map(|t| p(t.1)).sum()
+            };
+            let mut sum = 0.0;
+            let mut kept = 0;
+            let mut settled = k == limit;
+            for t in &top {
+                let p = p(t.1);
+                if kept > 0 && (sum >= s.top_p * total || p < s.min_p) {
+                    settled = true;
+                    break;
+                }
+                sum += p;
+                kept += 1;
+            }
+            if settled || sum >= s.top_p * total {
+                return pick(top[..kept].iter().map(|t| (p(t.1), t.0)), u * sum);
+            }
+            k = (k * 8).min(limit);
+        }
+    }
+}
+
+/// The token at which the running sum of probabilities passes `at`; the last one if none does.
+fn pick(tokens: impl Iterator<Item = (f32, u32)>, at: f32) -> u32 {
+    let mut left = at;
+    let mut last = 0;
+    for (p, id) in tokens {
+        left -= p;
+        last = id;
+        if left < 0.0 {
+            break;
+        }
+    }
+    last
 }
 
 #[cfg(test)]
@@ -163,7 +198,7 @@ mod tests {
                     seed,
                     ..settings.clone()
                 })
-                .choose(&mut logits.to_vec(), &[])
+                .choose(logits, [&[], &[]])
             })
             .collect()
     }
@@ -209,8 +244,8 @@ mod tests {
             ..Sampling::default()
         };
         let mut sampler = Sampler::new(settings);
-        assert_eq!(sampler.choose(&mut [3.0, 2.0], &[0]), 1);
-        assert_eq!(sampler.choose(&mut [-1.0, -1.5], &[0]), 1);
+        assert_eq!(sampler.choose(&[3.0, 2.0], [&[], &[0]]), 1);
+        assert_eq!(sampler.choose(&[-1.0, -1.5], [&[0], &[]]), 1);
     }
 
     #[test]

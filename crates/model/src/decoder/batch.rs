@@ -1,0 +1,149 @@
+//! What goes into a forward pass and what comes out.
+
+use crate::hooks::{InterventionState, Role, Site};
+
+/// Keys and values of one sequence, f32, one pair of buffers a layer.
+///
+/// # LongRoPE
+/// Where a model has two sets of rotary frequencies, one for sequences within its original context
+/// and one for longer ones, all keys of a sequence must be turned by the same set. A cache can't
+/// know how long its sequence will become, so [`KvCache::expect`] tells it before the first token;
+/// what it has been told, or its length if that is more, chooses the set. A sequence that outgrows
+/// the original context unannounced mixes both, and its output differs from that of one pass over
+/// the whole; [`crate::generate`] starts such a sequence over instead, as the reference
+/// implementation does.
+#[derive(Debug, Clone, Default)]
+pub struct KvCache {
+    pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>, // [len, n_kv_heads, d_head] each
+    pub(super) len: usize,
+    pub(super) expected: usize,
+}
+
+impl KvCache {
+    /// Tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Says that the sequence will have at least `tokens` tokens.
+    pub fn expect(&mut self, tokens: usize) {
+        self.expected = self.expected.max(tokens);
+    }
+
+    /// The length that chooses the rotary frequencies: what was expected, or what is there.
+    pub(crate) fn expected(&self) -> usize {
+        self.len.max(self.expected)
+    }
+
+    /// Forgets all tokens but keeps the memory.
+    pub fn clear(&mut self) {
+        self.len = 0;
+        self.expected = 0;
+    }
+
+    /// Bytes that it holds, room for growth included.
+    pub fn bytes(&self) -> usize {
+        let floats: usize = self
+            .layers
+            .iter()
+            .map(|(k, v)| k.capacity() + v.capacity())
+            .sum();
+        floats * size_of::<f32>()
+    }
+}
+
+/// Which of a sequence's new tokens get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitsAt {
+    /// None: the head is not computed.
+    None,
+    /// The last one.
+    Last,
+    /// All.
+    All,
+}
+
+/// One sequence of a batch: its new tokens, its cache, its hook.
+pub struct SeqInput<'a> {
+    /// New tokens; at least one.
+    pub tokens: &'a [u32],
+    /// Their roles, as many.
+    pub roles: &'a [Role],
+    /// Whether the model wrote them.
+    pub generated: bool,
+    /// The sequence's cache; the new tokens are added.
+    pub cache: &'a mut KvCache,
+    /// What edits this sequence's residuals.
+    pub hook: Option<&'a mut (dyn InterventionState + 'static)>,
+    /// The hook's sites, canonical.
+    pub hook_sites: &'a [Site],
+    /// Which tokens get logits.
+    pub logits: LogitsAt,
+}
+
+/// What to keep of the residual stream, as later layers see it (after any edit).
+#[derive(Debug, Clone, Default)]
+pub struct Capture {
+    /// The sites.
+    pub sites: Vec<Site>,
+    /// Stop after the last of them: later layers and the head are not computed, there are no
+    /// logits, and the caches do not advance.
+    pub stop_after_last: bool,
+    /// Filled in: for each site, `[tokens, d_model]` in the order of the batch.
+    pub rows: Vec<Vec<f32>>,
+}
+
+/// Logits of the rows that asked for them, in the order of the batch. They live in the workspace
+/// until the next pass.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Logits<'w> {
+    pub(super) data: &'w [f32],
+    pub(super) d_vocab: usize,
+}
+
+impl<'w> Logits<'w> {
+    /// The rows, `[d_vocab]` each.
+    pub fn rows(&self) -> std::slice::ChunksExact<'w, f32> {
+        self.data.chunks_exact(self.d_vocab.max(1))
+    }
+}
+
+/// Buffers that are kept from one forward pass to the next, so that a step of generation allocates
+/// next to nothing.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    pub(super) x: Vec<f32>,
+    pub(super) h: Vec<f32>,
+    pub(super) q: Vec<f32>,
+    pub(super) k: Vec<f32>,
+    pub(super) v: Vec<f32>,
+    pub(super) attended: Vec<f32>,
+    pub(super) gate: Vec<f32>,
+    pub(super) up: Vec<f32>,
+    pub(super) out: Vec<f32>,
+    pub(super) logits: Vec<f32>,
+}
+
+impl Workspace {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        let buffers = [
+            &self.x,
+            &self.h,
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.attended,
+            &self.gate,
+            &self.up,
+            &self.out,
+            &self.logits,
+        ];
+        buffers.iter().map(|b| b.capacity()).sum::<usize>() * size_of::<f32>()
+    }
+}

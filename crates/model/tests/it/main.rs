@@ -1,0 +1,6 @@
+//! Integration tests on the tiny checkpoints of `testdata/models`.
+
+mod batching;
+mod generation;
+mod golden;
+mod support;
