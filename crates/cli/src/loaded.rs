@@ -1,6 +1,7 @@
 //! A model made ready: checkpoint, weights, tokenizer and chat template, from a name or a path.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use crate::study::config;
 /// Everything that a command needs of a model.
 pub struct Loaded {
     pub path: PathBuf,
-    pub checkpoint: Checkpoint,
+    pub checkpoint: Arc<Checkpoint>,
     pub model: Model,
     pub tokenizer: Tokenizer,
     /// The checkpoint's own chat template, if it has one.
@@ -31,6 +32,7 @@ impl Loaded {
         let started = Instant::now();
         let checkpoint =
             Checkpoint::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let checkpoint = Arc::new(checkpoint);
         let tokenizer = Tokenizer::from_checkpoint(&checkpoint)
             .with_context(|| format!("read the tokenizer of {}", path.display()))?;
         let chat = ChatTemplate::from_checkpoint(&checkpoint).map_err(anyhow::Error::from);

@@ -225,7 +225,6 @@ pub enum Arm {
     Clamp,
     ClampErrorDropped,
     RandomLatent,
-    GatedClamp,
     DifferenceOfMeans,
     SystemPrompt,
 }
@@ -239,7 +238,6 @@ impl Arm {
             Self::Clamp => "clamp",
             Self::ClampErrorDropped => "clamp_error_dropped",
             Self::RandomLatent => "random_latent",
-            Self::GatedClamp => "gated_clamp",
             Self::DifferenceOfMeans => "difference_of_means",
             Self::SystemPrompt => "system_prompt",
         }

@@ -1,0 +1,138 @@
+//! `demur chat`: a conversation in the terminal, steered if asked, beside base if asked.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use demur_eval::record::Record;
+use demur_model::chat::Message;
+use demur_model::generate::{Engine, EngineConfig, Event, Request};
+use demur_model::hooks::Intervention;
+use demur_sae::saelens;
+use demur_steering::{CompiledPlan, SaeEntry, SaeSet, compile, explain};
+
+use crate::cmd::generate::Common;
+use crate::cmd::plan;
+use crate::loaded::Loaded;
+use crate::progress::note;
+use crate::study::{SAE_NAME, shipped_sae};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Show base's reply beside the steered one.
+    #[arg(long, requires = "plan")]
+    side_by_side: bool,
+}
+
+/// Compiles the plan in `plan` against the SAE in `sae`, or the one that is shipped.
+pub fn steering(
+    loaded: &Loaded,
+    plan_file: Option<&Path>,
+    sae: Option<&Path>,
+) -> Result<Option<Arc<CompiledPlan>>> {
+    let Some(plan_file) = plan_file else { return Ok(None) };
+    let plan = plan::read(plan_file)?;
+    note(explain(&plan));
+    let mut saes = SaeSet::new();
+    if !plan.saes.is_empty() {
+        let (sae, sha256) = match sae {
+            None => shipped_sae()?,
+            Some(dir) => {
+                let inner = dir.join("train").join("sae");
+                let dir = if inner.is_dir() { inner } else { dir.to_owned() };
+                (saelens::load(&dir)?, saelens::weights_sha256(&dir)?)
+            }
+        };
+        // A plan that a study wrote lies beside its record, which knows the latents' maxima.
+        let record = plan_file.parent().map(|p| p.join("record.json")).filter(|p| p.is_file());
+        let max_activation = match record {
+            Some(path) => Some(maxima(&Record::read(&path)?, sae.d_sae())),
+            None => None,
+        };
+        let entry = SaeEntry {
+            sae: Arc::new(sae),
+            sha256,
+            max_activation,
+            resid_norm: None,
+        };
+        let names = plan.saes.keys().cloned().chain([SAE_NAME.to_owned()]);
+        saes = names.map(|n| (n, entry.clone())).collect::<BTreeMap<_, _>>();
+    }
+    let spec = loaded.model.spec();
+    let compiled = compile(&plan, &saes, spec.n_layers, spec.d_model)
+        .with_context(|| format!("plan {}", plan_file.display()))?;
+    Ok(Some(Arc::new(compiled)))
+}
+
+fn maxima(record: &Record, d_sae: usize) -> Arc<[f32]> {
+    let mut max = vec![0.0; d_sae];
+    for f in &record.discovery.features {
+        if let (Some(slot), Some(m)) = (max.get_mut(f.latent as usize), f.evidence.max_activation) {
+            *slot = m as f32;
+        }
+    }
+    max.into()
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
+    args.common.template(&mut loaded)?;
+    loaded.chat()?;
+    let plan = steering(&loaded, args.common.plan.as_deref(), args.common.sae.as_deref())?;
+    let plan = plan.map(|p| p as Arc<dyn Intervention>);
+    let message = |role: &str, content: String| Message { role: role.to_owned(), content };
+    let system: Vec<Message> =
+        args.common.system.iter().map(|s| message("system", s.clone())).collect();
+    // One conversation a column: each sees its own replies.
+    let mut columns: Vec<(&str, Option<Arc<dyn Intervention>>, Vec<Message>)> = Vec::new();
+    if plan.is_none() || args.side_by_side {
+        columns.push(("base", None, system.clone()));
+    }
+    if let Some(plan) = plan {
+        columns.push(("steered", Some(plan), system));
+    }
+    let terminal = std::io::stdin().is_terminal();
+    note("Type a message; an empty line or Ctrl-D ends.");
+    loop {
+        if terminal {
+            eprint!("\n> ");
+            std::io::stderr().flush()?;
+        }
+        let mut line = String::new();
+        if std::io::stdin().lock().read_line(&mut line)? == 0 || line.trim().is_empty() {
+            return Ok(());
+        }
+        for (name, hook, messages) in &mut columns {
+            messages.push(message("user", line.trim().to_owned()));
+            let r = loaded.chat()?.encode(&loaded.tokenizer, messages, true)?;
+            let request = Request {
+                sampling: args.common.sampling(),
+                stop: args.common.stop.clone(),
+                hook: hook.clone(),
+                ..Request::new(r.ids, r.roles, args.common.max_new_tokens)
+            };
+            let mut out = std::io::stdout().lock();
+            if args.side_by_side {
+                writeln!(out, "[{name}]")?;
+            }
+            let mut engine = Engine::new(&loaded.model, &loaded.tokenizer, EngineConfig::default());
+            engine.submit(request)?;
+            while !engine.is_idle() {
+                for event in engine.step()? {
+                    match event {
+                        Event::Text(_, text) => {
+                            write!(out, "{text}")?;
+                            out.flush()?;
+                        }
+                        Event::Done(_, o) => messages.push(message("assistant", o.text)),
+                    }
+                }
+            }
+            writeln!(out)?;
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Stage `discover`: which latents mediate refusal, with the evidence for each.
+//!
+//! Base answers the discovery prompts. Over the tokens at which a refusal is decided (the template's
+//! last tokens and the first of the reply) latents are contrasted: harmful requests against their
+//! look-alikes, and refused against complied ones. The paper's recipe adds the latents that are
+//! active on two or more tokens of one refusal. The short list is clamped, one latent at a time, and
+//! scored on *validation* prompts by the rise of the refusal log-odds at the first reply token.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use demur_eval::arms::{self, Arm, Item};
+use demur_eval::judge::{Verdict, refusal_log_odds};
+use demur_eval::prompts::{self, Label, Prompt, Split};
+use demur_features::activations::{
+    CodedSequence, active_on_reply, latent_stats, top_activations,
+};
+use demur_features::causal::{last_logits, mean_kl, mean_rise};
+use demur_features::contrast::{PromptSummary, contrast};
+use demur_features::harvest::{Sequence, harvest};
+use demur_features::lens::promoted;
+use demur_features::table::{CausalEvidence, Evidence, Feature, FeatureTable, RecipeEvidence};
+use demur_sae::Sae;
+use demur_steering::{InterventionSpec, LatentEdit, Op, SteeringPlan, Unit};
+use serde::{Deserialize, Serialize};
+
+use super::config::Method;
+use super::corpus::read_sequences;
+use super::{SAE_NAME, StudyContext, Working, with_reply};
+use crate::progress::Progress;
+
+/// Tokens of context on each side of a top activation.
+const CONTEXT: usize = 8;
+/// Template tokens before the reply that a contrast looks at.
+const CLOSING: usize = 3;
+
+/// What the stage leaves.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Found {
+    pub table: FeatureTable,
+    pub refused_unsafe: usize,
+    /// `[d_sae]`, over held-out text and discovery chats.
+    pub max_activation: Vec<f32>,
+    /// Mean residual norm at the site, first tokens left out.
+    pub resid_norm: f32,
+    /// Refused minus complied, mean residual at the last prompt token, `[d_model]`.
+    pub refusal_direction: Vec<f32>,
+}
+
+pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> Result<Found> {
+    let cfg = &c.study.discovery;
+    let on_unsafe = c.prompts(Split::Discovery, Label::Unsafe);
+    let on_safe = c.prompts(Split::Discovery, Label::Safe);
+    let prompts: Vec<&Prompt> = on_unsafe.iter().chain(&on_safe).copied().collect();
+    let items = c.items(&prompts)?;
+    let bar = Progress::new("discover", "replies", items.len() as u64);
+    let replies = arms::run(
+        &mut c.engine(),
+        &[Arm { name: "base", hook: None, items: &items }],
+        cfg.reply_tokens,
+        &c.openers,
+        &scratch.join("replies.jsonl"),
+        |_| bar.advance(1),
+    )?;
+    bar.finish();
+    let refused: Vec<bool> = replies.iter().map(|r| r.verdict == Verdict::Refusal).collect();
+    let refused_unsafe = refused[..on_unsafe.len()].iter().filter(|r| **r).count();
+
+    // Codes of discovery chats and of held-out text.
+    let chats: Vec<Sequence> =
+        items.iter().zip(&replies).map(|(i, r)| with_reply(i, &r.tokens)).collect();
+    let mut codes = Codes::new(c, sae);
+    let chats = codes.of(&chats, "discovery")?;
+    let mut all = chats.clone();
+    for (file, kind) in [("chat.jsonl", "held-out chat"), ("text.jsonl", "text")] {
+        all.extend(codes.of(&read_sequences(&corpus.join(file))?, kind)?);
+    }
+    let stats = latent_stats(&all, sae);
+    let (norm_sum, norm_n) = codes.norms;
+    let resid_norm = (norm_sum / norm_n.max(1) as f64) as f32;
+    let direction = refusal_direction(&codes.last_prompt_rows(&items), &refused, sae.d_model());
+
+    // Contrasts and recipe.
+    let summaries: Vec<PromptSummary> = items
+        .iter()
+        .zip(&chats)
+        .map(|(item, chat)| {
+            let prompt = item.tokens.len();
+            chat.summary(prompt.saturating_sub(CLOSING)..prompt + cfg.window, sae.d_sae())
+        })
+        .collect();
+    let pick = |keep: &dyn Fn(usize) -> bool| -> Vec<&PromptSummary> {
+        (0..items.len()).filter(|&i| keep(i)).map(|i| &summaries[i]).collect()
+    };
+    let n_unsafe = on_unsafe.len();
+    let mut evidence: BTreeMap<u32, Evidence> = BTreeMap::new();
+    let mut short = Vec::new();
+    let share = cfg.candidates.div_ceil(cfg.methods.len());
+    for method in &cfg.methods {
+        let ranked: Vec<u32> = match method {
+            Method::PaperRecipe => {
+                let Some(i) = (0..n_unsafe).find(|&i| refused[i]) else { continue };
+                let prompt = items[i].tokens.len();
+                let found = active_on_reply(&chats[i], prompt..chats[i].tokens.len(), 2);
+                found
+                    .iter()
+                    .filter(|(j, _)| stats.density[*j as usize] <= cfg.max_density)
+                    .map(|&(j, count)| {
+                        evidence.entry(j).or_default().paper_recipe =
+                            Some(RecipeEvidence { active_refusal_tokens: count });
+                        j
+                    })
+                    .collect()
+            }
+            Method::HarmfulVsLookalike => {
+                let (p, n) = (pick(&|i| i < n_unsafe), pick(&|i| i >= n_unsafe));
+                let found =
+                    contrast("harmful_vs_lookalike", &p, &n, &stats.density, cfg.max_density)?;
+                for (j, e) in &found {
+                    evidence.entry(*j).or_default().harmful_vs_lookalike = Some(e.clone());
+                }
+                found.iter().map(|f| f.0).collect()
+            }
+            Method::RefusedVsComplied => {
+                let (p, n) = (pick(&|i| refused[i]), pick(&|i| !refused[i]));
+                let found =
+                    contrast("refused_vs_complied", &p, &n, &stats.density, cfg.max_density)?;
+                for (j, e) in &found {
+                    evidence.entry(*j).or_default().refused_vs_complied = Some(e.clone());
+                }
+                found.iter().map(|f| f.0).collect()
+            }
+        };
+        let fresh: Vec<u32> = ranked.into_iter().filter(|j| !short.contains(j)).take(share).collect();
+        short.extend(fresh);
+    }
+    short.truncate(cfg.candidates);
+    if short.is_empty() {
+        bail!("no latent passed the filters: raise discovery.max_density or give more prompts");
+    }
+
+    let features = score(c, sae, &short, &stats.max_activation, resid_norm)?;
+    let text = |id: u32| c.loaded.tokenizer.token_text(id);
+    let table = features
+        .into_iter()
+        .enumerate()
+        .map(|(rank, (latent, causal))| {
+            let row = sae.decoder_row(latent as usize);
+            let mut e = evidence.remove(&latent).unwrap_or_default();
+            e.density = Some(stats.density[latent as usize]);
+            e.max_activation = Some(f64::from(stats.max_activation[latent as usize]));
+            e.cosine_refusal_direction = Some(cosine(row, &direction));
+            e.causal = Some(causal);
+            let reported = rank < cfg.report_features;
+            let (promotes, suppresses) = if reported {
+                promoted(&c.loaded.model, row, 8, text)
+            } else {
+                (Vec::new(), Vec::new())
+            };
+            let contexts = if reported { 5 } else { 0 };
+            Feature {
+                latent,
+                rank,
+                chosen: false,
+                evidence: e,
+                promotes,
+                suppresses,
+                top_activations: top_activations(&all, latent, contexts, CONTEXT, text),
+            }
+        })
+        .collect();
+    let methods = cfg.methods.iter().map(|m| serde_json::to_value(m).map(|v| v.as_str().unwrap_or_default().to_owned()));
+    Ok(Found {
+        table: FeatureTable { methods: methods.collect::<Result<_, _>>()?, features: table },
+        refused_unsafe,
+        max_activation: stats.max_activation,
+        resid_norm,
+        refusal_direction: direction,
+    })
+}
+
+/// A plan that sets latents to `value` in `unit`.
+pub fn clamp_plan(name: &str, c: &StudyContext, latents: &[u32], value: f64, unit: Unit) -> SteeringPlan {
+    let mut spec = InterventionSpec::at(c.site.to_string());
+    spec.sae = Some(SAE_NAME.to_owned());
+    spec.edits = latents
+        .iter()
+        .map(|&latent| LatentEdit { latent, op: Op::Set, value: value as f32, unit })
+        .collect();
+    SteeringPlan::single(name, spec)
+}
+
+/// Clamps each candidate alone on validation prompts; the largest rise in refusal first.
+fn score(
+    c: &StudyContext,
+    sae: &Arc<Sae>,
+    candidates: &[u32],
+    max_activation: &[f32],
+    resid_norm: f32,
+) -> Result<Vec<(u32, CausalEvidence)>> {
+    let cfg = &c.study.discovery;
+    let working = Working {
+        sae: Arc::clone(sae),
+        sha256: String::new(),
+        max_activation: max_activation.into(),
+        resid_norm,
+    };
+    let sequences = |prompts: Vec<&Prompt>| -> Result<Vec<Sequence>> {
+        let items = c.items(&prompts[..prompts.len().min(cfg.causal_prompts)])?;
+        Ok(items.iter().map(|i| with_reply(i, &[])).collect())
+    };
+    let benign = prompts::shipped_benign()?;
+    let on_unsafe = sequences(c.prompts(Split::Validation, Label::Unsafe))?;
+    let on_benign =
+        sequences(benign.iter().filter(|p| p.split == Some(Split::Validation)).take(4).collect())?;
+    let both: Vec<&Sequence> = on_unsafe.iter().chain(&on_benign).collect();
+    let tokens = c.study.model.batch_tokens;
+    let base = last_logits(&c.loaded.model, &both, None, tokens)?;
+    let n = on_unsafe.len();
+    let bar = Progress::new("discover", "candidates", candidates.len() as u64);
+    let mut scored = Vec::new();
+    for &latent in candidates {
+        let plan = clamp_plan("candidate", c, &[latent], cfg.clamp, Unit::RelMax);
+        let hook = c.compile(&plan, &working)?;
+        let after = last_logits(&c.loaded.model, &both, Some(hook.as_ref()), tokens)?;
+        let odds = |row: &[f32]| refusal_log_odds(row, &c.openers);
+        scored.push((
+            latent,
+            CausalEvidence {
+                value: cfg.clamp,
+                refusal_logodds_delta_unsafe: mean_rise(&base[..n], &after[..n], odds),
+                refusal_logodds_delta_safe: None,
+                kl_benign: Some(mean_kl(&base[n..], &after[n..])),
+            },
+        ));
+        bar.advance(1);
+    }
+    bar.finish();
+    scored.sort_by(|(i, a), (j, b)| {
+        b.refusal_logodds_delta_unsafe.total_cmp(&a.refusal_logodds_delta_unsafe).then(i.cmp(j))
+    });
+    Ok(scored)
+}
+
+/// Codes of sequences, with norms and rows noted on the way.
+struct Codes<'a> {
+    c: &'a StudyContext,
+    sae: &'a Sae,
+    /// Sum and number of residual norms, first tokens left out.
+    norms: (f64, usize),
+    /// Rows of the first group of sequences.
+    rows: Vec<Vec<f32>>,
+}
+
+impl<'a> Codes<'a> {
+    fn new(c: &'a StudyContext, sae: &'a Sae) -> Self {
+        Self { c, sae, norms: (0.0, 0), rows: Vec::new() }
+    }
+
+    fn of(&mut self, sequences: &[Sequence], kind: &str) -> Result<Vec<CodedSequence>> {
+        let d = self.sae.d_model();
+        let mut out = Vec::with_capacity(sequences.len());
+        let keep = self.rows.is_empty();
+        let tokens = self.c.study.model.batch_tokens;
+        harvest(&self.c.loaded.model, self.c.site, sequences, tokens, |i, x| {
+            for row in x.chunks_exact(d).skip(1) {
+                self.norms.0 += row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+                self.norms.1 += 1;
+            }
+            if keep {
+                self.rows.push(x.to_vec());
+            }
+            let s = &sequences[i];
+            out.push(CodedSequence {
+                source: format!("{kind}/{}", s.source),
+                tokens: s.tokens.clone(),
+                roles: s.roles.clone(),
+                codes: self.sae.encode(x, s.tokens.len()),
+            });
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// The residual at each prompt's last token.
+    fn last_prompt_rows(&self, items: &[Item]) -> Vec<Vec<f32>> {
+        let d = self.sae.d_model();
+        items
+            .iter()
+            .zip(&self.rows)
+            .map(|(item, rows)| {
+                let at = item.tokens.len() - 1;
+                rows[at * d..(at + 1) * d].to_vec()
+            })
+            .collect()
+    }
+}
+
+/// Mean of the refused rows less the mean of the others.
+fn refusal_direction(rows: &[Vec<f32>], refused: &[bool], d: usize) -> Vec<f32> {
+    let mean = |want: bool| -> Vec<f64> {
+        let group: Vec<&Vec<f32>> =
+            rows.iter().zip(refused).filter(|(_, r)| **r == want).map(|(x, _)| x).collect();
+        let n = group.len().max(1) as f64;
+        (0..d).map(|i| group.iter().map(|x| f64::from(x[i])).sum::<f64>() / n).collect()
+    };
+    mean(true).iter().zip(mean(false)).map(|(a, b)| (a - b) as f32).collect()
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |x: &[f32], y: &[f32]| -> f64 {
+        x.iter().zip(y).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(f64::MIN_POSITIVE)
+}

@@ -1,0 +1,257 @@
+//! The main job: a study from a model to a report.
+//!
+//! `pull -> harvest -> train -> discover -> tune -> evaluate -> report`, one file a stage. Each
+//! stage is a function of the study's config and of what the stages before it left; [`run`] keeps
+//! their outputs, so that a killed study goes on where it was.
+
+pub mod config;
+mod corpus;
+mod discover;
+mod evaluate;
+mod record;
+mod run;
+mod shipped;
+mod train;
+mod tune;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use demur_eval::arms::Item;
+use demur_eval::judge;
+use demur_eval::prompts::{self, Label, Prompt, Split};
+use demur_eval::record::Record;
+use demur_features::harvest::Sequence;
+use demur_model::generate::EngineConfig;
+use demur_model::hooks::Site;
+use demur_model::tokenizer::Special;
+use demur_sae::Sae;
+use demur_steering::{CompiledPlan, SaeEntry, SteeringPlan, compile};
+
+use crate::fetch::{self, Source};
+use crate::loaded::{Loaded, conversation};
+use crate::progress::note;
+use config::{SaeSource, Study};
+pub use run::{STAGES, write_atomic};
+
+/// The name that plans of a study give its SAE.
+pub const SAE_NAME: &str = "main";
+
+/// Options of a run that are not part of the study.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Folder of all runs.
+    pub runs: PathBuf,
+    /// Run this stage and all after it anew.
+    pub from: Option<String>,
+}
+
+/// What every stage after `pull` needs.
+pub struct StudyContext {
+    pub study: Study,
+    pub loaded: Loaded,
+    pub site: Site,
+    /// First tokens of refusals.
+    pub openers: Vec<u32>,
+    pub prompts: Vec<Prompt>,
+}
+
+/// The SAE at work, with what is known of its latents.
+pub struct Working {
+    pub sae: Arc<Sae>,
+    pub sha256: String,
+    pub max_activation: Arc<[f32]>,
+    pub resid_norm: f32,
+}
+
+/// Runs a study and returns its record.
+pub fn run_study(study: Study, options: &Options) -> Result<Record> {
+    let from = match &options.from {
+        None => None,
+        Some(name) => match STAGES.iter().position(|s| s == name) {
+            Some(at) => Some(at),
+            None => bail!("--from {name}: the stages are {}", STAGES.join(", ")),
+        },
+    };
+    let mut run = run::Run::open(options.runs.join(&study.name), from)?;
+    let (model_sha256, context) = pull(&mut run, study)?;
+    let c = &context;
+    let trained = corpus_and_sae(&mut run, c)?;
+    let harvest_dir = run.dir.join("harvest");
+    let sae = train::load(c, &run.dir.join("train"))?;
+    let found = run.stage("discover", &(&c.study.discovery, &c.study.prompts), |scratch| {
+        discover::run(c, &sae, &harvest_dir, scratch)
+    })?;
+    let working = Working {
+        sha256: trained.sha256.clone(),
+        max_activation: found.max_activation.clone().into(),
+        resid_norm: found.resid_norm,
+        sae,
+    };
+    let tuned = run.stage("tune", &c.study.tune, |scratch| {
+        tune::run(c, &working, &found, scratch)
+    })?;
+    let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
+        evaluate::run(c, &working, &found, &tuned, scratch)
+    })?;
+    let record = record::assemble(c, &run, &model_sha256, &trained, &found, &tuned, &evaluated)?;
+    record.write(&run.dir.join("record.json"))?;
+    let html = crate::report::render(&record)?;
+    write_atomic(&run.dir.join("report.html"), html.as_bytes())?;
+    note(format_args!("{:<12} {}", "report", run.dir.join("report.html").display()));
+    Ok(record)
+}
+
+/// Runs the stages up to `train`; returns the SAE's folder and its figures.
+pub fn train_only(study: Study, options: &Options) -> Result<(PathBuf, train::Trained)> {
+    let mut run = run::Run::open(options.runs.join(&study.name), None)?;
+    let (_, context) = pull(&mut run, study)?;
+    let trained = corpus_and_sae(&mut run, &context)?;
+    Ok((run.dir.join("train").join("sae"), trained))
+}
+
+/// The shipped SAE of the default study, and the sha256 of its weights.
+pub fn shipped_sae() -> Result<(Sae, String)> {
+    let study = Study::load("quickstart", &[])?;
+    let (sae, sha256, _) = shipped::load(&study.sae.name)?;
+    Ok((sae, sha256))
+}
+
+fn pull(run: &mut run::Run, study: Study) -> Result<(String, StudyContext)> {
+    let pulled: Pulled = run.stage("pull", &study.model.name, |_| {
+        let path = fetch::model_path(&study.model.name, Source::Any)?;
+        let checkpoint = demur_model::checkpoint::Checkpoint::open(&path)?;
+        Ok(Pulled { sha256: checkpoint.sha256(), path })
+    })?;
+    Ok((pulled.sha256, StudyContext::new(study, &pulled.path)?))
+}
+
+fn corpus_and_sae(run: &mut run::Run, c: &StudyContext) -> Result<train::Trained> {
+    let corpus = run.stage(
+        "harvest",
+        &(&c.study.corpus, &c.study.model, &c.study.sae, c.study.seed),
+        |scratch| corpus::run(c, scratch),
+    )?;
+    let harvest = run.dir.join("harvest");
+    run.stage("train", &(&c.study.sae, &c.study.train, c.study.seed), |scratch| {
+        train::run(c, &corpus, &harvest, scratch)
+    })
+}
+
+/// What `pull` leaves.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Pulled {
+    path: PathBuf,
+    sha256: String,
+}
+
+impl StudyContext {
+    fn new(study: Study, path: &Path) -> Result<Self> {
+        let name = path.to_str().context("the model's path is not UTF-8")?;
+        let loaded = Loaded::open(name, study.model.precision)?;
+        let site = study.site()?.check(loaded.model.spec().n_layers)?;
+        let openers = judge::opener_tokens(|text| {
+            loaded.tokenizer.encode(text, Special::AsText).unwrap_or_default()
+        });
+        let prompts = match &study.prompts.file {
+            Some(file) => prompts::read(file)?,
+            None => prompts::shipped_pairs()?,
+        };
+        let context = Self { study, loaded, site, openers, prompts };
+        for split in [Split::Discovery, Split::Validation, Split::Test] {
+            for label in [Label::Unsafe, Label::Safe] {
+                if context.prompts(split, label).is_empty() {
+                    bail!("there is no {label:?} prompt in the {split:?} split of the prompts");
+                }
+            }
+        }
+        Ok(context)
+    }
+
+    /// Prompts of a split, at most as many as the study asks for.
+    pub fn prompts(&self, split: Split, label: Label) -> Vec<&Prompt> {
+        let p = &self.study.prompts;
+        let most = match split {
+            Split::Discovery => p.discovery,
+            Split::Validation => p.validation,
+            Split::Test => p.test,
+            Split::Corpus => 0,
+        };
+        let all = self.prompts.iter().filter(|p| p.split == Some(split) && p.label == Some(label));
+        all.take(if most == 0 { usize::MAX } else { most }).collect()
+    }
+
+    /// A prompt as this model is asked it.
+    pub fn item(&self, prompt: &Prompt, system: Option<&str>) -> Result<Item> {
+        let system = system.or(self.study.prompts.system.as_deref());
+        let messages = conversation(system, &prompt.prompt);
+        let rendered = self
+            .loaded
+            .chat()?
+            .encode(&self.loaded.tokenizer, &messages, true)
+            .with_context(|| format!("prompt '{}'", prompt.id))?;
+        Ok(Item { id: prompt.id.clone(), tokens: rendered.ids, roles: rendered.roles })
+    }
+
+    /// Many prompts.
+    pub fn items(&self, prompts: &[&Prompt]) -> Result<Vec<Item>> {
+        prompts.iter().map(|p| self.item(p, None)).collect()
+    }
+
+    pub fn engine(&self) -> demur_model::generate::Engine<'_> {
+        let config = EngineConfig {
+            max_batch: self.study.model.max_batch,
+            max_batch_tokens: self.study.model.batch_tokens,
+        };
+        demur_model::generate::Engine::new(&self.loaded.model, &self.loaded.tokenizer, config)
+    }
+
+    /// Compiles a plan against the study's SAE.
+    pub fn compile(&self, plan: &SteeringPlan, sae: &Working) -> Result<Arc<CompiledPlan>> {
+        let entry = SaeEntry {
+            sae: Arc::clone(&sae.sae),
+            sha256: sae.sha256.clone(),
+            max_activation: Some(Arc::clone(&sae.max_activation)),
+            resid_norm: Some(sae.resid_norm),
+        };
+        let spec = self.loaded.model.spec();
+        let saes = BTreeMap::from([(SAE_NAME.to_owned(), entry)]);
+        Ok(Arc::new(compile(plan, &saes, spec.n_layers, spec.d_model)?))
+    }
+}
+
+/// A prompt followed by a reply, as one sequence.
+pub fn with_reply(item: &Item, reply: &[u32]) -> Sequence {
+    use demur_model::hooks::Role;
+    Sequence {
+        source: item.id.clone(),
+        tokens: item.tokens.iter().chain(reply).copied().collect(),
+        roles: item
+            .roles
+            .iter()
+            .copied()
+            .chain(std::iter::repeat_n(Role::Assistant, reply.len()))
+            .collect(),
+    }
+}
+
+/// Prints what a study would do.
+pub fn dry_run(study: &Study, runs: &Path) {
+    let sae = match study.sae.source {
+        SaeSource::Shipped => format!("load the shipped SAE '{}'", study.sae.name),
+        SaeSource::Path => format!("load the SAE in {}", study.sae.name),
+        SaeSource::Train => format!("train a TopK SAE, k = {}", study.train.k),
+    };
+    println!("study      {} (seed {})", study.name, study.seed);
+    println!("run folder {}", runs.join(&study.name).display());
+    println!("pull       {}", study.model.name);
+    println!("harvest    {}", study.sae.site);
+    println!("train      {sae}");
+    println!("discover   {:?}, short list of {}", study.discovery.methods, study.discovery.candidates);
+    println!("tune       values {:?}, sets of {:?}", study.tune.values, study.tune.set_sizes);
+    let arms: Vec<_> = study.evaluate.arms.iter().map(|a| a.name()).collect();
+    println!("evaluate   {}", arms.join(", "));
+    println!("report     {}", runs.join(&study.name).join("report.html").display());
+}

@@ -1,0 +1,174 @@
+//! Stage `train`: an SAE, trained or loaded, and how well it reconstructs what it has not seen.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use demur_eval::record::CurvePoint;
+use demur_features::harvest::{Sequence, harvest};
+use demur_sae::metrics::{Quality, QualityMeter};
+use demur_sae::saelens::{self, WeightType};
+use demur_sae::train::{Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::{Sae, SaeConfig};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::config::SaeSource;
+use super::corpus::{Corpus, read_sequences};
+use super::{StudyContext, shipped};
+use crate::progress::Progress;
+
+/// Steps between checkpoints.
+const CHECKPOINT_EVERY: usize = 100;
+/// Rows whose norm exceeds this many medians are attention sinks.
+pub const OUTLIER: f32 = 10.0;
+
+/// What the stage leaves; the SAE is in its folder if it was trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Trained {
+    pub sha256: String,
+    pub d_sae: usize,
+    pub k: usize,
+    pub trained_on_tokens: Option<u64>,
+    pub chat: Quality,
+    pub text: Quality,
+    pub curve: Vec<CurvePoint>,
+}
+
+pub fn run(c: &StudyContext, corpus: &Corpus, harvest: &Path, scratch: &Path) -> Result<Trained> {
+    let mut curve = Vec::new();
+    let mut tokens = Some(corpus.train_rows as u64);
+    if c.study.sae.source == SaeSource::Train {
+        curve = train(c, corpus, &harvest.join("activations.f32"), scratch)?;
+    }
+    let sae = load(c, scratch)?;
+    if sae.d_model() != c.loaded.model.spec().d_model {
+        bail!(
+            "the SAE reads rows of {}, the model's residual stream has {}",
+            sae.d_model(),
+            c.loaded.model.spec().d_model
+        );
+    }
+    let sha256 = match c.study.sae.source {
+        SaeSource::Train => saelens::weights_sha256(&scratch.join("sae"))?,
+        SaeSource::Path => saelens::weights_sha256(Path::new(&c.study.sae.name))?,
+        SaeSource::Shipped => {
+            let (_, sha256, manifest) = shipped::load(&c.study.sae.name)?;
+            tokens = manifest["training"]["tokens"].as_u64();
+            sha256
+        }
+    };
+    if c.study.sae.source == SaeSource::Path {
+        tokens = None;
+    }
+    Ok(Trained {
+        sha256,
+        d_sae: sae.d_sae(),
+        k: sae.cfg().k,
+        trained_on_tokens: tokens,
+        chat: quality(c, &sae, &read_sequences(&harvest.join("chat.jsonl"))?)?,
+        text: quality(c, &sae, &read_sequences(&harvest.join("text.jsonl"))?)?,
+        curve,
+    })
+}
+
+/// The SAE of this study.
+pub fn load(c: &StudyContext, scratch: &Path) -> Result<Arc<Sae>> {
+    let sae = match c.study.sae.source {
+        SaeSource::Shipped => shipped::load(&c.study.sae.name)?.0,
+        SaeSource::Path => saelens::load(Path::new(&c.study.sae.name))?,
+        SaeSource::Train => saelens::load(&scratch.join("sae"))?,
+    };
+    Ok(Arc::new(sae))
+}
+
+fn train(
+    c: &StudyContext,
+    corpus: &Corpus,
+    activations: &Path,
+    scratch: &Path,
+) -> Result<Vec<CurvePoint>> {
+    let t = &c.study.train;
+    let d = c.loaded.model.spec().d_model;
+    let bytes = std::fs::read(activations)
+        .with_context(|| format!("read {}", activations.display()))?;
+    if bytes.len() != corpus.train_rows * d * 4 {
+        bail!("{} has been cut; run with --from harvest", activations.display());
+    }
+    let data: Vec<f32> =
+        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    drop(bytes);
+    let mut rows = ScaledRows::new(Rows { data: &data, d_model: d }, OUTLIER, c.study.seed);
+    let batch = t.batch.min(rows.len().max(1));
+    let steps = ((rows.len() as f64 * t.epochs) / batch as f64).ceil().max(1.0) as usize;
+    let cfg = TrainConfig {
+        sae: SaeConfig {
+            d_model: d,
+            d_sae: t.d_sae.unwrap_or((d as f64 * t.expansion) as usize),
+            k: t.k,
+            hook_name: c.site.to_string(),
+            model_name: c.study.model.name.clone(),
+        },
+        batch,
+        steps,
+        lr: t.lr,
+        warmup_steps: t.warmup_steps.min(steps / 5 + 1),
+        decay: 0.25,
+        auxk_alpha: t.auxk_alpha,
+        dead_after: rows.len() as u64,
+        outlier: OUTLIER,
+        seed: c.study.seed,
+    };
+    let state = scratch.join("state.bin");
+    let curve_file = scratch.join("curve.json");
+    let mut trainer = match Trainer::resume(&state, &cfg) {
+        Ok(trainer) => trainer,
+        Err(_) => Trainer::new(cfg.clone(), &rows)?,
+    };
+    let mut curve: Vec<CurvePoint> = std::fs::read(&curve_file)
+        .ok()
+        .and_then(|b| serde_json::from_slice(&b).ok())
+        .unwrap_or_default();
+    curve.retain(|p: &CurvePoint| p.step <= trainer.steps_done());
+    let bar = Progress::new("train", "steps", steps as u64);
+    bar.advance(trainer.steps_done() as u64);
+    let mut x = Vec::new();
+    while trainer.steps_done() < steps {
+        rows.batch(trainer.steps_done(), batch, &mut x);
+        let s = trainer.step(&x);
+        bar.advance(1);
+        bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
+        if s.step % (steps / 100).max(1) == 0 || s.step == steps {
+            curve.push(CurvePoint { step: s.step, fvu: s.fvu, loss: s.loss, dead: s.dead, lr: s.lr });
+        }
+        if s.step % CHECKPOINT_EVERY == 0 {
+            super::write_atomic(&curve_file, &serde_json::to_vec(&curve)?)?;
+            trainer.save(&state)?;
+        }
+    }
+    bar.finish();
+    let training = json!({
+        "tokens": corpus.train_rows,
+        "steps": steps,
+        "batch": batch,
+        "epochs": t.epochs,
+        "seed": c.study.seed,
+        "study": c.study.name,
+        "final_fvu": curve.last().map(|p| p.fvu),
+        "demur": env!("CARGO_PKG_VERSION"),
+    });
+    saelens::save(&trainer.finish()?, &scratch.join("sae"), WeightType::F16, &training)?;
+    let _ = std::fs::remove_file(&state);
+    Ok(curve)
+}
+
+/// Quality on sequences; the first token of each, an attention sink, is left out.
+fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<Quality> {
+    let d = sae.d_model();
+    let mut meter = QualityMeter::new(d, sae.d_sae());
+    harvest(&c.loaded.model, c.site, sequences, c.study.model.batch_tokens, |_, x| {
+        meter.add_rows(sae, &x[d.min(x.len())..]);
+        Ok(())
+    })?;
+    Ok(meter.quality())
+}

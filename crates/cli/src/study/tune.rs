@@ -1,0 +1,174 @@
+//! Stage `tune`: which latents, at which value, chosen on validation prompts only.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use demur_eval::arms::{self, Arm, Reply};
+use demur_eval::judge::Verdict;
+use demur_eval::prompts::{self, Label, Prompt, Split};
+use demur_eval::record::SweepPoint;
+use demur_eval::stats::{Estimate, wilson};
+use demur_features::causal::{last_logits, mean_kl};
+use demur_features::harvest::Sequence;
+use demur_steering::{SteeringPlan, Unit};
+use serde::{Deserialize, Serialize};
+
+use super::config::ValueUnit;
+use super::discover::{Found, clamp_plan};
+use super::{StudyContext, Working, with_reply};
+use crate::progress::Progress;
+
+/// What the stage leaves.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Tuned {
+    pub aim: String,
+    pub base_unsafe: Estimate,
+    pub base_safe: Estimate,
+    pub sweep: Vec<SweepPoint>,
+    pub plan: SteeringPlan,
+}
+
+pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Result<Tuned> {
+    let cfg = &c.study.tune;
+    let unit = match cfg.unit {
+        ValueUnit::RelMax => Unit::RelMax,
+        ValueUnit::Abs => Unit::Abs,
+    };
+    let take = |label| -> Vec<&Prompt> {
+        let all = c.prompts(Split::Validation, label);
+        let n = if cfg.prompts == 0 { all.len() } else { cfg.prompts.min(all.len()) };
+        all[..n].to_vec()
+    };
+    let (on_unsafe, on_safe) = (take(Label::Unsafe), take(Label::Safe));
+    let n_unsafe = on_unsafe.len();
+    let items = c.items(&[on_unsafe, on_safe].concat())?;
+
+    let ranked: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
+    let mut settings = Vec::new();
+    for &size in &cfg.set_sizes {
+        let latents: Vec<u32> = ranked.iter().copied().take(size).collect();
+        for &value in &cfg.values {
+            if latents.len() == size {
+                let name = format!("set{size}_{value}");
+                let mut plan = clamp_plan(&name, c, &latents, value, unit);
+                plan.saes.insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
+                settings.push((name, latents.clone(), value, plan));
+            }
+        }
+    }
+    if settings.is_empty() {
+        bail!("tune.set_sizes asks for more latents than the {} found", ranked.len());
+    }
+    let hooks = settings
+        .iter()
+        .map(|s| c.compile(&s.3, sae))
+        .collect::<Result<Vec<_>>>()?;
+    let mut all = vec![Arm { name: "base", hook: None, items: &items }];
+    for (s, hook) in settings.iter().zip(&hooks) {
+        all.push(Arm { name: &s.0, hook: Some(hook.clone()), items: &items });
+    }
+    let bar = Progress::new("tune", "replies", (all.len() * items.len()) as u64);
+    let replies = arms::run(
+        &mut c.engine(),
+        &all,
+        cfg.max_new_tokens,
+        &c.openers,
+        &scratch.join("replies.jsonl"),
+        |_| bar.advance(1),
+    )?;
+    bar.finish();
+    let mut by_arm = replies.chunks_exact(items.len());
+    let rates = |r: &[Reply]| {
+        let refused = |r: &[Reply]| r.iter().filter(|r| r.verdict == Verdict::Refusal).count();
+        let (a, b) = r.split_at(n_unsafe);
+        (wilson(refused(a), a.len()), wilson(refused(b), b.len()))
+    };
+    let (base_unsafe, base_safe) = rates(by_arm.next().unwrap_or_default());
+
+    let benign = prompts::shipped_benign()?;
+    let benign: Vec<&Prompt> =
+        benign.iter().filter(|p| p.split == Some(Split::Validation)).take(8).collect();
+    let benign: Vec<Sequence> = c.items(&benign)?.iter().map(|i| with_reply(i, &[])).collect();
+    let benign: Vec<&Sequence> = benign.iter().collect();
+    let tokens = c.study.model.batch_tokens;
+    let base_logits = last_logits(&c.loaded.model, &benign, None, tokens)?;
+    let mut sweep = Vec::new();
+    for ((s, hook), r) in settings.iter().zip(&hooks).zip(by_arm) {
+        let (refusal_unsafe, refusal_safe) = rates(r);
+        let logits = last_logits(&c.loaded.model, &benign, Some(hook.as_ref()), tokens)?;
+        sweep.push(SweepPoint {
+            latents: s.1.clone(),
+            value: s.2,
+            unit: match cfg.unit {
+                ValueUnit::RelMax => "x max".to_owned(),
+                ValueUnit::Abs => "activation".to_owned(),
+            },
+            refusal_unsafe,
+            refusal_safe,
+            gibberish: r.iter().filter(|r| r.verdict == Verdict::Gibberish).count(),
+            kl: mean_kl(&base_logits, &logits),
+            chosen: false,
+        });
+    }
+    let best = choose(&sweep, cfg.aim_refusal_unsafe);
+    sweep[best].chosen = true;
+    let mut plan = settings.swap_remove(best).3;
+    plan.name = "clamp".to_owned();
+    Ok(Tuned {
+        aim: format!(
+            "at least {:.0} % of unsafe validation prompts refused, then fewest safe ones; if none reaches it, the largest difference of the two",
+            100.0 * cfg.aim_refusal_unsafe
+        ),
+        base_unsafe,
+        base_safe,
+        sweep,
+        plan,
+    })
+}
+
+/// The setting that reaches the aim with the least over-refusal; else the largest difference.
+fn choose(sweep: &[SweepPoint], aim: f64) -> usize {
+    let reaches = sweep.iter().any(|p| p.refusal_unsafe.value >= aim);
+    let score = |p: &SweepPoint| {
+        if reaches {
+            if p.refusal_unsafe.value >= aim { -p.refusal_safe.value } else { f64::NEG_INFINITY }
+        } else {
+            p.refusal_unsafe.value - p.refusal_safe.value
+        }
+    };
+    (0..sweep.len())
+        .max_by(|&a, &b| {
+            score(&sweep[a])
+                .total_cmp(&score(&sweep[b]))
+                .then(sweep[a].refusal_unsafe.value.total_cmp(&sweep[b].refusal_unsafe.value))
+                .then(sweep[b].kl.total_cmp(&sweep[a].kl))
+                .then(b.cmp(&a))
+        })
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(on_unsafe: usize, on_safe: usize, kl: f64) -> SweepPoint {
+        SweepPoint {
+            latents: vec![1],
+            value: 1.0,
+            unit: "x max".to_owned(),
+            refusal_unsafe: wilson(on_unsafe, 20),
+            refusal_safe: wilson(on_safe, 20),
+            gibberish: 0,
+            kl,
+            chosen: false,
+        }
+    }
+
+    #[test]
+    fn the_aim_comes_first_then_over_refusal_then_kl() {
+        let sweep = [point(10, 0, 0.0), point(18, 9, 0.1), point(20, 12, 0.2), point(18, 9, 0.05)];
+        assert_eq!(choose(&sweep, 0.9), 3);
+        // nobody reaches it: the largest difference
+        assert_eq!(choose(&[point(10, 0, 0.0), point(12, 1, 0.0)], 0.9), 1);
+    }
+}
