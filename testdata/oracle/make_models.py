@@ -7,8 +7,7 @@ weights as GGUF under that converter's names and conventions.
     python make_models.py ../models        # all
     python make_models.py ../models phi3   # one
 
-Versions that made the committed files: torch 2.15.0, transformers 5.23.0, safetensors 0.8.0,
-gguf 0.19.0, numpy 2.4.6.
+Versions that made the committed files: `requirements.txt`.
 """
 
 import json
@@ -272,7 +271,9 @@ def write_gguf(path, config, state, quantise=lambda name: None, tokenizer=None):
             value = value + 1.0
         target = gguf_name(name, gemma)
         ty = quantise(target) if value.ndim == 2 else None
-        if ty:
+        if ty in FACTORS:
+            w.add_tensor(target, random_blocks(value, ty), raw_dtype=ty)
+        elif ty:
             w.add_tensor(target, gguf.quants.quantize(value, ty), raw_dtype=ty)
         elif value.ndim == 2:
             bf16 = torch.from_numpy(np.ascontiguousarray(value)).to(torch.bfloat16)
@@ -350,6 +351,37 @@ def quantised(name):
     return types.Q4_0
 
 
+# Where a block of these types keeps its f16 factors, and the factor that gives values of size 1.
+FACTORS = {
+    gguf.GGMLQuantizationType.Q2_K: {80: 0.1, 82: 0.1},
+    gguf.GGMLQuantizationType.Q3_K: {108: 0.025},
+    gguf.GGMLQuantizationType.Q4_K: {0: 0.005, 2: 0.037},
+    gguf.GGMLQuantizationType.Q5_K: {0: 0.0025, 2: 0.037},
+    gguf.GGMLQuantizationType.Q6_K: {208: 0.0007},
+}
+
+
+def random_blocks(value, ty):
+    """Random blocks of a type that the package reads but does not write, of about `value`'s size."""
+    rng = np.random.default_rng(int(ty) * 1000 + value.shape[0])
+    length, size = gguf.GGML_QUANT_SIZES[ty]
+    data = rng.integers(0, 256, size=(value.shape[0], value.shape[1] // length, size), dtype=np.uint8)
+    for at, factor in FACTORS[ty].items():
+        factors = factor * value.std() * rng.uniform(0.8, 1.2, size=(*data.shape[:2], 1))
+        data[:, :, at : at + 2] = factors.astype(np.float16).view(np.uint8)
+    return data.reshape(value.shape[0], -1)
+
+
+def k_quantised(name):
+    """Every K type once a layer."""
+    types = gguf.GGMLQuantizationType
+    for part, ty in (("attn_q", types.Q2_K), ("attn_k", types.Q3_K), ("attn_v", types.Q6_K),
+                     ("attn_output", types.Q5_K), ("ffn_down", types.Q3_K)):
+        if part in name:
+            return ty
+    return types.Q4_K
+
+
 def build(config, folder, seed):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     loaded = AutoConfig.from_pretrained(folder)
@@ -380,27 +412,55 @@ def family(name, out):
         save_file(golden(model, tokens[:12]), folder / "golden-short.safetensors")
 
 
-def chat(out):
-    """A quantised GGUF with tokenizer and chat template; the golden outputs are of the dequantised weights."""
-    folder = out / "chat"
+def quantised_model(name, out, config, seed, quantise, tokenizer=None):
+    """A quantised GGUF; the golden outputs are of the dequantised weights."""
+    folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    config = chat_config()
-    model, state = build(config, folder, 100)
+    model, state = build(config, folder, seed)
     (folder / "config.json").unlink()
-    write_gguf(folder / "model.gguf", config, state, quantised, chat_tokenizer)
+    write_gguf(folder / "model.gguf", config, state, quantise, tokenizer)
     back = {gguf_name(name, False): p for name, p in model.named_parameters()}
     with torch.no_grad():
         for tensor in gguf.GGUFReader(folder / "model.gguf").tensors:
             value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             back[tensor.name].copy_(torch.from_numpy(value.copy()).reshape(back[tensor.name].shape))
-    save_file(golden(model, sequence(100, config["vocab_size"], TOKENS)), folder / "golden.safetensors")
+    save_file(golden(model, sequence(seed, config["vocab_size"], TOKENS)), folder / "golden.safetensors")
+
+
+def k_quants(out):
+    """The types of 256 values a block need rows of that width."""
+    config = {**COMMON, **FAMILIES["qwen2"], "hidden_size": 256, "intermediate_size": 256,
+              "num_hidden_layers": 1}
+    quantised_model("k-quants", out, config, 101, k_quantised)
+
+
+def chat(out):
+    """A tokenizer and a chat template too."""
+    quantised_model("chat", out, chat_config(), 100, quantised, chat_tokenizer)
+
+
+def sharded(out):
+    """Llama without rope scaling as published large models are: f16, in two files under an index."""
+    folder = out / "llama-sharded"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**COMMON, **FAMILIES["llama"]}
+    del config["rope_scaling"]
+    model, _ = build(config, folder, 102)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(torch.float16).to(torch.float32))
+    save_file(golden(model, sequence(102, VOCAB, TOKENS)), folder / "golden.safetensors")
+    model.to(torch.float16).save_pretrained(folder, max_shard_size="24KB")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+SPECIAL = {"chat": chat, "k-quants": k_quants, "llama-sharded": sharded}
 
 
 def main():
     out = Path(sys.argv[1])
-    wanted = sys.argv[2:] or [*FAMILIES, "chat"]
-    for name in wanted:
-        chat(out) if name == "chat" else family(name, out)
+    for name in sys.argv[2:] or [*FAMILIES, *SPECIAL]:
+        SPECIAL[name](out) if name in SPECIAL else family(name, out)
         print(name)
 
 

@@ -8,6 +8,8 @@
 //! In every case the sum over the inner dimension runs in the same order for any number of
 //! activation rows: a row's result has the same bits alone and in a batch.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::dispatch::{Isa, isa};
@@ -149,37 +151,55 @@ impl Linear {
     /// # Panics
     /// If a slice has another length.
     pub fn forward(&self, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
-        assert_eq!(x.len(), n * self.in_features, "x is [n, in_features]");
-        assert_eq!(y.len(), n * self.out_features, "y is [n, out_features]");
-        assert!(
-            bias.is_none_or(|b| b.len() == self.out_features),
-            "bias is [out_features]"
-        );
-        if n == 0 {
-            return;
+        let linear = self;
+        forward_all(x, n, [Output { linear, bias, y }]);
+    }
+
+    /// Outputs per task and number of tasks for `n` rows: a task should be worth some ten
+    /// microseconds.
+    fn split(&self, n: usize) -> (usize, usize) {
+        if let Weights::Packed(p) = &self.weights {
+            return p.split(n);
         }
-        match &self.weights {
-            Weights::Packed(p) => {
-                // Kept from call to call: fresh pages would cost as much as the rounding.
-                let mut activations = ACTIVATIONS.take();
-                activations.quantise(x, self.in_features);
-                p.forward(&activations, n, bias, y);
-                ACTIVATIONS.set(activations);
-            }
-            Weights::F32(w) => self.dense(w, x, n, bias, y),
-            Weights::F16(w) => {
-                self.dense(bytemuck::cast_slice::<u16, Half>(w), x, n, bias, y);
-            }
-            Weights::Bf16(w) => {
-                self.dense(bytemuck::cast_slice::<u16, Brain>(w), x, n, bias, y);
+        let pairs = self.out_features.div_ceil(2);
+        let group = (100_000 / (2 * self.in_features * n).max(1)).max(1);
+        (group, pairs.div_ceil(group))
+    }
+
+    /// Computes the outputs of one task.
+    ///
+    /// # Safety
+    /// `out` is `[n, out_features]`; nobody else accesses this task's columns of it.
+    unsafe fn task(&self, task: Range<usize>, x: Input<'_>, bias: Option<&[f32]>, out: Shared) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.weights {
+                Weights::Packed(p) => p.task(task, x.rounded, x.n, bias, out),
+                Weights::F32(w) => self.dense(w, task, x, bias, out),
+                Weights::F16(w) => {
+                    self.dense(bytemuck::cast_slice::<u16, Half>(w), task, x, bias, out);
+                }
+                Weights::Bf16(w) => {
+                    self.dense(bytemuck::cast_slice::<u16, Brain>(w), task, x, bias, out);
+                }
             }
         }
     }
 
-    fn dense<T: Element>(&self, w: &[T], x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    /// `pairs` of outputs.
+    ///
+    /// # Safety
+    /// As for `task`.
+    unsafe fn dense<T: Element>(
+        &self,
+        w: &[T],
+        pairs: Range<usize>,
+        x: Input<'_>,
+        bias: Option<&[f32]>,
+        out: Shared,
+    ) {
         let (k, m) = (self.in_features, self.out_features);
-        let out = Shared::new(y);
-        let run = |pair: usize| {
+        for pair in pairs.start..pairs.end.min(m.div_ceil(2)) {
             let rows = (m - 2 * pair).min(2);
             let w0 = &w[2 * pair * k..(2 * pair + 1) * k];
             let w1 = if rows == 2 {
@@ -187,29 +207,93 @@ impl Linear {
             } else {
                 w0
             };
-            let mut first = 0;
-            while first < n {
-                let tile = (n - first).min(4);
-                let row = |t: usize| &x[(first + t.min(tile - 1)) * k..][..k];
+            for first in (0..x.n).step_by(4) {
+                let tile = (x.n - first).min(4);
+                let row = |t: usize| &x.x[(first + t.min(tile - 1)) * k..][..k];
                 let sums = dots([w0, w1], [row(0), row(1), row(2), row(3)], tile);
                 for (r, sums) in sums.iter().enumerate().take(rows) {
                     let o = 2 * pair + r;
                     for (t, sum) in sums.iter().enumerate().take(tile) {
                         let value = sum + bias.map_or(0.0, |b| b[o]);
-                        // SAFETY: in bounds as `o < m` and `first + t < n`; pairs of rows
-                        // partition the outputs among tasks.
+                        // SAFETY: in bounds as `o < m` and `first + t < n`; the column is this
+                        // task's, by the caller's promise.
                         unsafe { out.write((first + t) * m + o, value) };
                     }
                 }
-                first += tile;
             }
-        };
-        let least = (100_000 / (2 * k * n).max(1)).max(1);
-        (0..m.div_ceil(2))
-            .into_par_iter()
-            .with_min_len(least)
-            .for_each(run);
+        }
     }
+}
+
+/// One of the layers that read the same input, with its bias and where its output goes.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// The layer.
+    pub linear: &'a Linear,
+    /// `[out_features]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[n, out_features]`.
+    pub y: &'a mut [f32],
+}
+
+/// What all tasks of a product read.
+#[derive(Clone, Copy)]
+struct Input<'a> {
+    x: &'a [f32],
+    n: usize,
+    rounded: &'a Activations,
+}
+
+/// `y = x Wᵀ + bias` of several layers with one input: it is rounded once, and the outputs of all
+/// layers are one parallel loop, which is what counts when a single token is decoded.
+///
+/// # Shapes
+/// `x` is `[n, in_features]`, of every layer.
+///
+/// # Panics
+/// If a slice has another length.
+pub fn forward_all<const N: usize>(x: &[f32], n: usize, outputs: [Output<'_>; N]) {
+    for o in &outputs {
+        assert_eq!(x.len(), n * o.linear.in_features, "x is [n, in_features]");
+        assert_eq!(
+            o.y.len(),
+            n * o.linear.out_features,
+            "y is [n, out_features]"
+        );
+        let fits = |b: &[f32]| b.len() == o.linear.out_features;
+        assert!(o.bias.is_none_or(fits), "bias is [out_features]");
+    }
+    if n == 0 {
+        return;
+    }
+    let packed = |o: &Output<'_>| matches!(o.linear.weights, Weights::Packed(_));
+    // Kept from call to call: fresh pages would cost as much as the rounding.
+    let mut rounded = ACTIVATIONS.take();
+    if outputs.iter().any(packed) {
+        rounded.round(x, x.len() / n);
+    }
+    let input = Input {
+        x,
+        n,
+        rounded: &rounded,
+    };
+    let mut tasks = 0;
+    let layers = outputs.map(|o| {
+        let (group, count) = o.linear.split(n);
+        tasks += count;
+        (o.linear, o.bias, Shared::new(o.y), group, count)
+    });
+    (0..tasks).into_par_iter().for_each(|mut task| {
+        for &(linear, bias, out, group, count) in &layers {
+            if task < count {
+                let part = task * group..(task + 1) * group;
+                // SAFETY: the output's length was checked, and tasks partition its columns.
+                return unsafe { linear.task(part, input, bias, out) };
+            }
+            task -= count;
+        }
+    });
+    ACTIVATIONS.set(rounded);
 }
 
 /// A stored weight.

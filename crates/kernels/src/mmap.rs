@@ -32,6 +32,17 @@ impl Mapped {
     }
 }
 
+impl Mapped {
+    /// Gives the memory of the pages read so far back to the system; what is read again comes from
+    /// the file again.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: for a read-only map of a file, dropped pages are read from the file again with
+        // the same contents. A failure leaves everything as it was.
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+}
+
 impl Deref for Mapped {
     type Target = [u8];
 

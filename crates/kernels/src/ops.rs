@@ -107,7 +107,7 @@ dispatched! {
 
 /// `x += y`.
 pub fn add(x: &mut [f32], y: &[f32]) {
-    axpy(1.0, y, x);
+    in_chunks(x, y, |x, y| axpy(1.0, y, x));
 }
 
 #[inline(always)]
@@ -141,18 +141,31 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, plus_one: bool, out: &mut [f32])
     }
 }
 
+/// Runs `one` on every row of `width` values, with its index.
+fn in_rows(x: &mut [f32], width: usize, one: impl Fn(usize, &mut [f32]) + Sync) {
+    let width = width.max(1);
+    if x.len() < PARALLEL_FROM {
+        x.chunks_exact_mut(width)
+            .enumerate()
+            .for_each(|(i, row)| one(i, row));
+    } else {
+        let rows = x.par_chunks_exact_mut(width).enumerate();
+        rows.for_each(|(i, row)| one(i, row));
+    }
+}
+
 /// RMS norm in place, for the per-head norms of queries and keys.
 ///
 /// # Shapes
 /// `x` is `[n, w.len()]`.
 pub fn rms_norm_in_place(x: &mut [f32], w: &[f32], eps: f32, plus_one: bool) {
     let plus = if plus_one { 1.0 } else { 0.0 };
-    for row in x.chunks_exact_mut(w.len().max(1)) {
+    in_rows(x, w.len(), |_, row| {
         let scale = 1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt();
         for (x, w) in row.iter_mut().zip(w) {
             *x = *x * scale * (w + plus);
         }
-    }
+    });
 }
 
 /// Which pairs of a head's values a rotary embedding turns.
@@ -191,10 +204,8 @@ impl RopeTable {
     /// `2 * inv_freq.len()` values are turned.
     pub fn apply(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle) {
         let half = self.half;
-        for (row, table) in x
-            .chunks_exact_mut((heads * d_head).max(1))
-            .zip(self.cos_sin.chunks_exact(half.max(1)))
-        {
+        in_rows(x, heads * d_head, |i, row| {
+            let table = &self.cos_sin[i * half..(i + 1) * half];
             for head in row.chunks_exact_mut(d_head) {
                 match style {
                     RopeStyle::Neox => {
@@ -212,7 +223,7 @@ impl RopeTable {
                     }
                 }
             }
-        }
+        });
     }
 }
 
@@ -241,13 +252,12 @@ dispatched! {
     fn gelu_one / gelu_avx2 / gelu_body (gate: &mut [f32], up: &[f32])
 }
 
-fn in_chunks(gate: &mut [f32], up: &[f32], one: fn(&mut [f32], &[f32])) {
-    if gate.len() < PARALLEL_FROM {
-        one(gate, up);
+fn in_chunks(x: &mut [f32], y: &[f32], one: fn(&mut [f32], &[f32])) {
+    if x.len() < PARALLEL_FROM {
+        one(x, y);
     } else {
-        gate.par_chunks_mut(8192)
-            .zip(up.par_chunks(8192))
-            .for_each(|(g, u)| one(g, u));
+        let pairs = x.par_chunks_mut(8192).zip(y.par_chunks(8192));
+        pairs.for_each(|(x, y)| one(x, y));
     }
 }
 

@@ -21,6 +21,8 @@
 //! `2 * 15 * 127`, `2 * 31 * 127` and `2 * 63 * 127` leave room for 8, 4 and 2 such sums before they
 //! are widened. Eight-bit weights use `|w| * sign(w) x` and widen at once.
 
+use std::ops::Range;
+
 use half::f16;
 use rayon::prelude::*;
 
@@ -101,7 +103,7 @@ pub(crate) struct Activations(Vec<XBlock>);
 
 impl Activations {
     /// Rounds `x` `[n, columns]`.
-    pub(crate) fn quantise(&mut self, x: &[f32], columns: usize) {
+    pub(crate) fn round(&mut self, x: &[f32], columns: usize) {
         self.0.resize(x.len() / BLOCK, XBlock::default());
         let one = |(x, out): (&[f32], &mut [XBlock])| {
             #[cfg(target_arch = "x86_64")]
@@ -276,17 +278,12 @@ impl Packed {
         self.weights.len() + self.scales.bytes() + self.mins.as_ref().map_or(0, Factors::bytes)
     }
 
-    /// `y[n, out] = x W^T + bias` for quantised activations.
-    pub(crate) fn forward(&self, x: &Activations, n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
-        assert!(
-            x.0.len() == n * self.blocks && y.len() == n * self.rows,
-            "shapes are checked by Linear"
-        );
-        let out = Shared::new(y);
+    /// Panels a task and number of tasks for `n` rows: a task should be worth some ten microseconds,
+    /// its weights should stay in the L2 cache while tiles of activations pass, and there should be
+    /// several for each thread.
+    pub(crate) fn split(&self, n: usize) -> (usize, usize) {
         let panels = self.rows.div_ceil(PANEL);
         let panel_bytes = (self.bytes() / panels.max(1)).max(1);
-        // A task should be worth some ten microseconds, its weights should stay in the L2 cache
-        // while tiles of activations pass, and there should be several for each thread.
         let work = self.blocks * BLOCK * PANEL * n;
         let enough = (200_000 / work.max(1)).max(1);
         let group = if n <= 4 {
@@ -294,27 +291,40 @@ impl Packed {
         } else {
             (L2_WEIGHTS / panel_bytes).clamp(enough, (panels / (4 * crate::threads())).max(enough))
         };
-        (0..panels.div_ceil(group))
-            .into_par_iter()
-            .for_each(|task| {
-                let mut sums = [[0.0f32; PANEL]; TILE];
-                for first in (0..n).step_by(TILE) {
-                    let tile = (n - first).min(TILE);
-                    for panel in task * group..((task + 1) * group).min(panels) {
-                        self.panel(panel, x, first, &mut sums[..tile]);
-                        for (t, sums) in sums[..tile].iter().enumerate() {
-                            let rows = (self.rows - panel * PANEL).min(PANEL);
-                            for (r, sum) in sums[..rows].iter().enumerate() {
-                                let row = panel * PANEL + r;
-                                let value = sum + bias.map_or(0.0, |b| b[row]);
-                                // SAFETY: `row` is below `rows` and the activation row below `n`, so the
-                                // element is in bounds; tasks partition the rows among them.
-                                unsafe { out.write((first + t) * self.rows + row, value) };
-                            }
-                        }
+        (group, panels.div_ceil(group))
+    }
+
+    /// `y[n, out] = x W^T + bias` for some panels' outputs.
+    ///
+    /// # Safety
+    /// `out` is `[n, rows]`; nobody else accesses the columns of these panels.
+    pub(crate) unsafe fn task(
+        &self,
+        panels: Range<usize>,
+        x: &Activations,
+        n: usize,
+        bias: Option<&[f32]>,
+        out: Shared,
+    ) {
+        assert_eq!(x.0.len(), n * self.blocks, "activations are [n, in / 32]");
+        let panels = panels.start..panels.end.min(self.rows.div_ceil(PANEL));
+        let mut sums = [[0.0f32; PANEL]; TILE];
+        for first in (0..n).step_by(TILE) {
+            let tile = (n - first).min(TILE);
+            for panel in panels.clone() {
+                self.panel(panel, x, first, &mut sums[..tile]);
+                for (t, sums) in sums[..tile].iter().enumerate() {
+                    let rows = (self.rows - panel * PANEL).min(PANEL);
+                    for (r, sum) in sums[..rows].iter().enumerate() {
+                        let row = panel * PANEL + r;
+                        let value = sum + bias.map_or(0.0, |b| b[row]);
+                        // SAFETY: `row` is below `rows` and the activation row below `n`, so the
+                        // element is in bounds; the column is this task's.
+                        unsafe { out.write((first + t) * self.rows + row, value) };
                     }
                 }
-            });
+            }
+        }
     }
 
     /// The sums of one panel for up to four activation rows from `first` on.

@@ -189,6 +189,12 @@ impl Checkpoint {
         })
     }
 
+    /// Gives the memory of the pages read so far back to the system: after weights are packed, their
+    /// bytes in the file are not needed again.
+    pub fn release(&self) {
+        self.files.iter().for_each(Mapped::release);
+    }
+
     /// The format of the weights.
     pub fn format(&self) -> Format {
         match self.metadata {

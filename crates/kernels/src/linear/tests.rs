@@ -223,3 +223,41 @@ fn wrong_shapes_are_errors() {
     assert!(Linear::from_rows(GgmlType::Q8_0, &[0; 35], 1, 32, Precision::Fast).is_err());
     assert!(Linear::from_f32(vec![0.0; 5], 2, 3).is_err());
 }
+
+#[test]
+fn layers_of_one_input_together_are_as_each_alone() {
+    let (k, n) = (256, 5);
+    let mut next = noise(3);
+    let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
+    on_every_isa(|_| {
+        let layer = |ty, rows| {
+            let bytes = matrix(ty, rows, k, 9);
+            Linear::from_rows(ty, &bytes, rows, k, Precision::Fast).unwrap()
+        };
+        let layers = [
+            layer(GgmlType::Q4K, 19),
+            layer(GgmlType::BF16, 7),
+            layer(GgmlType::Q8_0, 300),
+        ];
+        let bias: Vec<f32> = (0..7).map(|i| i as f32).collect();
+        let biases = [None, Some(&bias[..]), None];
+        let new = || {
+            layers
+                .each_ref()
+                .map(|l| vec![f32::NAN; n * l.out_features()])
+        };
+        let (mut alone, mut together) = (new(), new());
+        for ((l, bias), y) in layers.iter().zip(biases).zip(&mut alone) {
+            l.forward(&x, n, bias, y);
+        }
+        let [a, b, c] = &mut together;
+        let output = |i: usize, y| Output {
+            linear: &layers[i],
+            bias: biases[i],
+            y,
+        };
+        forward_all(&x, n, [output(0, a), output(1, b), output(2, c)]);
+        assert_eq!(together, alone);
+        assert!(alone.iter().flatten().all(|v| v.is_finite()));
+    });
+}

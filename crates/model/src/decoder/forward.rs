@@ -1,6 +1,7 @@
 //! The forward pass.
 
 use demur_kernels::attention::{AttentionShape, SeqAttention, attention};
+use demur_kernels::linear::forward_all;
 use demur_kernels::ops::{self, RopeTable};
 use demur_kernels::quant::dequantize_row;
 
@@ -150,9 +151,12 @@ impl Model {
         resize(&mut ws.k, n * kv_row);
         resize(&mut ws.v, n * kv_row);
         self.norm(&ws.x, &layer.attn_norm, &mut ws.h);
-        layer.q.forward(&ws.h, n, &mut ws.q);
-        layer.k.forward(&ws.h, n, &mut ws.k);
-        layer.v.forward(&ws.h, n, &mut ws.v);
+        let qkv = [
+            layer.q.output(&mut ws.q),
+            layer.k.output(&mut ws.k),
+            layer.v.output(&mut ws.v),
+        ];
+        forward_all(&ws.h, n, qkv);
         if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
             ops::rms_norm_in_place(&mut ws.q, q_norm, spec.norm_eps, spec.norm_plus_one);
             ops::rms_norm_in_place(&mut ws.k, k_norm, spec.norm_eps, spec.norm_plus_one);
@@ -201,8 +205,8 @@ impl Model {
         resize(&mut ws.gate, n * spec.d_mlp);
         resize(&mut ws.up, n * spec.d_mlp);
         self.norm(&ws.x, &layer.mlp_norm, &mut ws.h);
-        layer.gate.forward(&ws.h, n, &mut ws.gate);
-        layer.up.forward(&ws.h, n, &mut ws.up);
+        let gate_up = [layer.gate.output(&mut ws.gate), layer.up.output(&mut ws.up)];
+        forward_all(&ws.h, n, gate_up);
         match spec.activation {
             Activation::Silu => ops::silu_mul(&mut ws.gate, &ws.up),
             Activation::GeluTanh => ops::gelu_tanh_mul(&mut ws.gate, &ws.up),

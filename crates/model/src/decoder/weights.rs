@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use demur_kernels::linear::{Linear, Precision};
+use demur_kernels::linear::{Linear, Output, Precision};
 use demur_kernels::quant::dequantize_row;
 
 use crate::checkpoint::{Checkpoint, TensorView};
@@ -19,6 +19,15 @@ pub(super) struct Biased {
 impl Biased {
     pub(super) fn forward(&self, x: &[f32], n: usize, y: &mut [f32]) {
         self.linear.forward(x, n, self.bias.as_deref(), y);
+    }
+
+    /// This layer's part in a product of several.
+    pub(super) fn output<'a>(&'a self, y: &'a mut [f32]) -> Output<'a> {
+        Output {
+            linear: &self.linear,
+            bias: self.bias.as_deref(),
+            y,
+        }
     }
 }
 
@@ -67,16 +76,20 @@ impl Weights {
         } else {
             &names.embed
         };
-        let layers = (0..spec.n_layers)
-            .map(|i| loader.layer(spec, names, i))
-            .collect::<Result<_, _>>()?;
+        let layer = |i| {
+            let layer = loader.layer(spec, names, i);
+            // The file and the packed weights are never both in memory as a whole.
+            checkpoint.release();
+            layer
+        };
+        let layers = (0..spec.n_layers).map(layer).collect::<Result<_, _>>()?;
+        let head = loader.linear(head, 0, spec.d_vocab, spec.d_vocab, d)?;
+        checkpoint.release();
         Ok(Self {
             embed: names.embed.clone(),
             layers,
             final_norm: loader.vector(&names.final_norm, d)?,
-            head: loader
-                .linear(head, 0, spec.d_vocab, spec.d_vocab, d)?
-                .linear,
+            head: head.linear,
         })
     }
 

@@ -100,6 +100,16 @@ fn quantised() {
 }
 
 #[test]
+fn k_quantised() {
+    check("k-quants/model.gguf", "k-quants/golden.safetensors");
+}
+
+#[test]
+fn f16_in_two_files_under_an_index() {
+    check("llama-sharded", "llama-sharded/golden.safetensors");
+}
+
+#[test]
 fn the_attention_scale_of_gemma_is_the_configs() {
     let folder = tempfile::tempdir().unwrap();
     let from = crate::support::path("gemma2");

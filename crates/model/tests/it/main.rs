@@ -3,4 +3,5 @@
 mod batching;
 mod generation;
 mod golden;
+mod parity;
 mod support;
