@@ -120,18 +120,37 @@ mod tests {
         let all = entries().unwrap();
         assert!(all.iter().any(|e| e.name == DEFAULT_MODEL));
         for entry in &all {
-            assert!(entry.wheels.is_some() || entry.hub.is_some(), "{} has no source", entry.name);
+            assert!(
+                entry.wheels.is_some() || entry.hub.is_some(),
+                "{} has no source",
+                entry.name
+            );
             if let Some(wheels) = &entry.wheels {
-                assert_eq!(wheels.packages.len(), wheels.members.len(), "{}", entry.name);
-                assert!(entry.sha256.is_some() && entry.file.is_some(), "{}", entry.name);
+                assert_eq!(
+                    wheels.packages.len(),
+                    wheels.members.len(),
+                    "{}",
+                    entry.name
+                );
+                assert!(
+                    entry.sha256.is_some() && entry.file.is_some(),
+                    "{}",
+                    entry.name
+                );
             }
-            assert!(entry.file.is_some() || entry.hub.is_some(), "{}", entry.name);
+            assert!(
+                entry.file.is_some() || entry.hub.is_some(),
+                "{}",
+                entry.name
+            );
         }
     }
 
     #[test]
     fn an_unknown_name_lists_the_catalogue() {
-        let Err(e) = resolve("gpt-17") else { panic!("resolved") };
+        let Err(e) = resolve("gpt-17") else {
+            panic!("resolved")
+        };
         assert!(e.to_string().contains(DEFAULT_MODEL), "{e}");
     }
 }

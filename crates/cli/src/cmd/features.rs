@@ -20,13 +20,20 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let path = if args.run.is_dir() { args.run.join("record.json") } else { args.run };
+    let path = if args.run.is_dir() {
+        args.run.join("record.json")
+    } else {
+        args.run
+    };
     let record = Record::read(&path).context("hint: run `demur study` first")?;
     let features = &record.discovery.features;
     let mut out = std::io::stdout().lock();
     if let Some(latent) = args.latent {
         let Some(f) = features.iter().find(|f| f.latent == latent) else {
-            bail!("latent {latent} is not among the {} features of this run", features.len());
+            bail!(
+                "latent {latent} is not among the {} features of this run",
+                features.len()
+            );
         };
         if args.json {
             writeln!(out, "{}", serde_json::to_string_pretty(f)?)?;
@@ -39,10 +46,18 @@ pub fn run(args: Args) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string(features)?)?;
         return Ok(());
     }
-    writeln!(out, "rank  latent  chosen  d log-odds  density  AUROC refused  promotes")?;
+    writeln!(
+        out,
+        "rank  latent  chosen  d log-odds  density  AUROC refused  promotes"
+    )?;
     for f in features {
         let e = &f.evidence;
-        let promotes: Vec<String> = f.promotes.iter().take(4).map(|t| format!("{:?}", t.token)).collect();
+        let promotes: Vec<String> = f
+            .promotes
+            .iter()
+            .take(4)
+            .map(|t| format!("{:?}", t.token))
+            .collect();
         writeln!(
             out,
             "{:>4}  {:>6}  {:^6}  {:>10}  {:>7}  {:>13}  {}",
@@ -63,10 +78,19 @@ fn number(v: Option<f64>, digits: usize) -> String {
 }
 
 fn show(out: &mut impl Write, f: &Feature) -> Result<()> {
-    writeln!(out, "latent {} (rank {}{})", f.latent, f.rank, if f.chosen { ", chosen" } else { "" })?;
+    writeln!(
+        out,
+        "latent {} (rank {}{})",
+        f.latent,
+        f.rank,
+        if f.chosen { ", chosen" } else { "" }
+    )?;
     writeln!(out, "{}", serde_json::to_string_pretty(&f.evidence)?)?;
     let words = |t: &[demur_features::table::TokenLogit]| {
-        t.iter().map(|t| format!("{:?} {:+.2}", t.token, t.logit)).collect::<Vec<_>>().join("  ")
+        t.iter()
+            .map(|t| format!("{:?} {:+.2}", t.token, t.logit))
+            .collect::<Vec<_>>()
+            .join("  ")
     };
     writeln!(out, "promotes    {}", words(&f.promotes))?;
     writeln!(out, "suppresses  {}", words(&f.suppresses))?;
@@ -75,7 +99,13 @@ fn show(out: &mut impl Write, f: &Feature) -> Result<()> {
             .tokens
             .iter()
             .enumerate()
-            .map(|(i, t)| if i == a.peak { format!("[[{t}]]") } else { t.clone() })
+            .map(|(i, t)| {
+                if i == a.peak {
+                    format!("[[{t}]]")
+                } else {
+                    t.clone()
+                }
+            })
             .collect();
         writeln!(out, "{:>9.2}  {}  {:?}", a.value, a.source, text)?;
     }

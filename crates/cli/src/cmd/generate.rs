@@ -107,7 +107,9 @@ pub fn run(args: Args) -> Result<()> {
                 anyhow::bail!("give a prompt, or pipe one in");
             }
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("read standard input")?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("read standard input")?;
             text
         }
     };
@@ -124,7 +126,11 @@ pub fn run(args: Args) -> Result<()> {
         let r = loaded.chat()?.encode(&loaded.tokenizer, &messages, true)?;
         (r.ids, r.roles)
     };
-    let hook = steering(&loaded, args.common.plan.as_deref(), args.common.sae.as_deref())?;
+    let hook = steering(
+        &loaded,
+        args.common.plan.as_deref(),
+        args.common.sae.as_deref(),
+    )?;
     let request = Request {
         sampling: args.common.sampling(),
         stop: args.common.stop.clone(),

@@ -56,7 +56,11 @@ pub fn run(args: Args) -> Result<()> {
             }
         };
         if !tokens.is_empty() {
-            sequences.push(Sequence { source: p.id.clone(), tokens, roles });
+            sequences.push(Sequence {
+                source: p.id.clone(),
+                tokens,
+                roles,
+            });
         }
     }
     if sequences.is_empty() {
@@ -72,8 +76,11 @@ pub fn run(args: Args) -> Result<()> {
         Ok(())
     })?;
     bar.finish();
-    let tokens: Vec<u8> =
-        sequences.iter().flat_map(|s| &s.tokens).flat_map(|t| t.to_le_bytes()).collect();
+    let tokens: Vec<u8> = sequences
+        .iter()
+        .flat_map(|s| &s.tokens)
+        .flat_map(|t| t.to_le_bytes())
+        .collect();
     let header = json!({
         "activations": { "dtype": "F32", "shape": [total, d], "data_offsets": [0, data.len()] },
         "tokens": { "dtype": "U32", "shape": [total], "data_offsets": [data.len(), data.len() + tokens.len()] },
@@ -84,7 +91,10 @@ pub fn run(args: Args) -> Result<()> {
     bytes.extend(data);
     bytes.extend(tokens);
     write_atomic(&args.out, &bytes)?;
-    let lengths: Vec<_> = sequences.iter().map(|s| json!([s.source, s.tokens.len()])).collect();
+    let lengths: Vec<_> = sequences
+        .iter()
+        .map(|s| json!([s.source, s.tokens.len()]))
+        .collect();
     let manifest = json!({
         "model": args.model, "sha256": loaded.checkpoint.sha256(), "site": site.to_string(),
         "d_model": d, "tokens": total, "sequences": lengths,

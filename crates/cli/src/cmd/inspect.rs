@@ -56,8 +56,15 @@ pub fn run(args: Args) -> Result<()> {
     writeln!(
         out,
         "{}: {} layers, d_model {}, {} heads ({} key-value) of {}, d_mlp {}, vocabulary {}, context {}",
-        spec.architecture, spec.n_layers, spec.d_model, spec.n_heads, spec.n_kv_heads, spec.d_head,
-        spec.d_mlp, spec.d_vocab, spec.context
+        spec.architecture,
+        spec.n_layers,
+        spec.d_model,
+        spec.n_heads,
+        spec.n_kv_heads,
+        spec.d_head,
+        spec.d_mlp,
+        spec.d_vocab,
+        spec.context
     )?;
     let types: Vec<String> = types.iter().map(|(t, n)| format!("{n} {t}")).collect();
     writeln!(out, "tensors            {}", types.join(", "))?;
@@ -68,8 +75,16 @@ pub fn run(args: Args) -> Result<()> {
         mb(memory.weights as f64),
         memory.weights as f64 / memory.checkpoint.max(1) as f64
     )?;
-    writeln!(out, "cache per token    {:.1} kB a sequence", memory.cache_per_token as f64 / 1e3)?;
-    writeln!(out, "activations        {:.1} kB a token of a pass", memory.workspace_per_token as f64 / 1e3)?;
+    writeln!(
+        out,
+        "cache per token    {:.1} kB a sequence",
+        memory.cache_per_token as f64 / 1e3
+    )?;
+    writeln!(
+        out,
+        "activations        {:.1} kB a token of a pass",
+        memory.workspace_per_token as f64 / 1e3
+    )?;
     if args.tensors {
         for t in checkpoint.tensors() {
             writeln!(out, "  {:<44} {:<5} {:?}", t.name, t.ty.name(), t.shape)?;

@@ -30,14 +30,20 @@ pub fn run(args: Args) -> Result<()> {
         return Ok(());
     }
     for e in &all {
-        let size = e.bytes.map_or("-".to_owned(), |b| format!("{:.0} MB", b as f64 / 1e6));
+        let size = e
+            .bytes
+            .map_or("-".to_owned(), |b| format!("{:.0} MB", b as f64 / 1e6));
         let state = match (e.is_cached()?, e.name == DEFAULT_MODEL) {
             (true, true) => "cached, default",
             (true, false) => "cached",
             (false, true) => "default",
             (false, false) => "",
         };
-        writeln!(out, "{:<30} {:>8}  {:<8} {}  {state}", e.name, size, e.architecture, e.title)?;
+        writeln!(
+            out,
+            "{:<30} {:>8}  {:<8} {}  {state}",
+            e.name, size, e.architecture, e.title
+        )?;
     }
     writeln!(out, "\ncache: {}", cache_dir()?.display())?;
     Ok(())

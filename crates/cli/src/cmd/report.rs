@@ -19,9 +19,15 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let path = if args.run.is_dir() { args.run.join("record.json") } else { args.run };
+    let path = if args.run.is_dir() {
+        args.run.join("record.json")
+    } else {
+        args.run
+    };
     let record = Record::read(&path).context("hint: run `demur study` first")?;
-    let out = args.out.unwrap_or_else(|| path.with_file_name("report.html"));
+    let out = args
+        .out
+        .unwrap_or_else(|| path.with_file_name("report.html"));
     write_atomic(&out, report::render(&record)?.as_bytes())?;
     println!("{}", out.display());
     Ok(())

@@ -59,12 +59,21 @@ fn finish(
         dry_run(&study, &runs);
         return Ok(());
     }
-    let record = run_study(study, &Options { runs: runs.clone(), from })?;
+    let record = run_study(
+        study,
+        &Options {
+            runs: runs.clone(),
+            from,
+        },
+    )?;
     println!("\n{}", record.verdict.headline);
     for line in &record.verdict.lines {
         println!("  {line}");
     }
-    println!("  report: {}", runs.join(&record.study).join("report.html").display());
+    println!(
+        "  report: {}",
+        runs.join(&record.study).join("report.html").display()
+    );
     if as_json {
         let object = json!({
             "study": record.study,

@@ -11,9 +11,18 @@ use crate::catalogue::DEFAULT_MODEL;
 
 /// Studies that are built in, by name.
 pub const BUILT_IN: [(&str, &str); 3] = [
-    ("quickstart", include_str!("../../../../studies/quickstart.toml")),
-    ("quickstart-sae", include_str!("../../../../studies/quickstart-sae.toml")),
-    ("phi3-refusal", include_str!("../../../../studies/phi3-refusal.toml")),
+    (
+        "quickstart",
+        include_str!("../../../../studies/quickstart.toml"),
+    ),
+    (
+        "quickstart-sae",
+        include_str!("../../../../studies/quickstart-sae.toml"),
+    ),
+    (
+        "phi3-refusal",
+        include_str!("../../../../studies/phi3-refusal.toml"),
+    ),
 ];
 
 /// A whole study.
@@ -292,7 +301,13 @@ impl Default for TrainConfig {
 
 impl Default for PromptConfig {
     fn default() -> Self {
-        Self { file: None, discovery: 0, validation: 0, test: 0, system: None }
+        Self {
+            file: None,
+            discovery: 0,
+            validation: 0,
+            test: 0,
+            system: None,
+        }
     }
 }
 
@@ -362,8 +377,9 @@ impl Study {
                 (text, path.parent().unwrap_or(Path::new("")).to_owned())
             }
         };
-        let mut table: toml::Table =
-            text.parse().with_context(|| format!("the study '{name_or_path}' is not TOML"))?;
+        let mut table: toml::Table = text
+            .parse()
+            .with_context(|| format!("the study '{name_or_path}' is not TOML"))?;
         for set in overrides {
             apply_override(&mut table, set)?;
         }
@@ -382,10 +398,16 @@ impl Study {
     /// Checks what the types can't.
     pub fn validate(&self) -> Result<()> {
         let name_ok = !self.name.is_empty()
-            && self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            && self
+                .name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
             && !self.name.starts_with('.');
         if !name_ok {
-            bail!("name = '{}': use letters, digits, '-', '_' and '.' only", self.name);
+            bail!(
+                "name = '{}': use letters, digits, '-', '_' and '.' only",
+                self.name
+            );
         }
         self.site()?;
         if self.sae.source == SaeSource::Path && self.sae.name.is_empty() {
@@ -406,7 +428,10 @@ impl Study {
             bail!("{key} = 0: it must be at least 1");
         }
         if !(self.train.expansion.is_finite() && self.train.expansion > 0.0) {
-            bail!("train.expansion = {}: it must be positive", self.train.expansion);
+            bail!(
+                "train.expansion = {}: it must be positive",
+                self.train.expansion
+            );
         }
         if self.tune.values.is_empty() || self.tune.values.iter().any(|v| !v.is_finite()) {
             bail!("tune.values: give at least one finite clamp value");
@@ -428,7 +453,10 @@ impl Study {
 
     /// The hook site.
     pub fn site(&self) -> Result<Site> {
-        self.sae.site.parse().with_context(|| format!("sae.site = '{}'", self.sae.site))
+        self.sae
+            .site
+            .parse()
+            .with_context(|| format!("sae.site = '{}'", self.sae.site))
     }
 }
 
@@ -470,7 +498,12 @@ mod tests {
 
     #[test]
     fn overrides_reach_every_level() {
-        let sets = ["seed=3", "model.name=some/path", "tune.values=[2.0]", "prompts.test=5"];
+        let sets = [
+            "seed=3",
+            "model.name=some/path",
+            "tune.values=[2.0]",
+            "prompts.test=5",
+        ];
         let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
         let study = Study::load("quickstart", &sets).unwrap();
         assert_eq!((study.seed, study.prompts.test), (3, 5));

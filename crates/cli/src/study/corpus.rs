@@ -57,15 +57,22 @@ pub fn run(c: &StudyContext, scratch: &Path) -> Result<Corpus> {
     let bar = Progress::new("harvest", "chats", items.len() as u64);
     let replies = arms::run(
         &mut c.engine(),
-        &[Arm { name: "held_out", hook: None, items: &items }],
+        &[Arm {
+            name: "held_out",
+            hook: None,
+            items: &items,
+        }],
         HELD_OUT_REPLY,
         &c.openers,
         &scratch.join("held_out.jsonl"),
         |_| bar.advance(1),
     )?;
     bar.finish();
-    let chats: Vec<Sequence> =
-        items.iter().zip(&replies).map(|(i, r)| with_reply(i, &r.tokens)).collect();
+    let chats: Vec<Sequence> = items
+        .iter()
+        .zip(&replies)
+        .map(|(i, r)| with_reply(i, &r.tokens))
+        .collect();
     let texts = passages(c, None)?;
     write_sequences(&scratch.join("chat.jsonl"), &chats)?;
     write_sequences(&scratch.join("text.jsonl"), &texts)?;
@@ -99,7 +106,11 @@ fn text_sequence(c: &StudyContext, source: &str, text: &str) -> Result<Sequence>
     tokens.extend(t.encode(text, Special::AsText)?);
     tokens.truncate(c.study.corpus.context.max(2));
     let roles = vec![Role::User; tokens.len()];
-    Ok(Sequence { source: source.to_owned(), tokens, roles })
+    Ok(Sequence {
+        source: source.to_owned(),
+        tokens,
+        roles,
+    })
 }
 
 /// On-policy chats, then files, up to the limit of tokens.
@@ -110,7 +121,11 @@ fn training_text(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result<
         let asked: Vec<&Prompt> = benign
             .iter()
             .filter(|p| p.split == Some(Split::Corpus))
-            .chain(c.prompts.iter().filter(|p| p.split == Some(Split::Discovery)))
+            .chain(
+                c.prompts
+                    .iter()
+                    .filter(|p| p.split == Some(Split::Discovery)),
+            )
             .collect();
         let items = c.items(&asked)?;
         sequences.extend(on_policy(c, &items, &scratch.join("on_policy.jsonl"))?);
@@ -129,7 +144,11 @@ fn training_text(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result<
 fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequence>> {
     let corpus = &c.study.corpus;
     let n = items.len() * corpus.samples;
-    let done: Vec<Line> = if log.is_file() { read_lines(log)? } else { Vec::new() };
+    let done: Vec<Line> = if log.is_file() {
+        read_lines(log)?
+    } else {
+        Vec::new()
+    };
     let have: std::collections::HashMap<String, Line> =
         done.into_iter().map(|l| (l.source.clone(), l)).collect();
     let mut file = BufWriter::new(File::options().create(true).append(true).open(log)?);
@@ -154,7 +173,11 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
         asked.push((i, source));
         requests.push(Request {
             sampling,
-            ..Request::new(item.tokens.clone(), item.roles.clone(), corpus.max_new_tokens)
+            ..Request::new(
+                item.tokens.clone(),
+                item.roles.clone(),
+                corpus.max_new_tokens,
+            )
         });
     }
     let bar = Progress::new("on-policy", "chats", n as u64);
@@ -165,7 +188,11 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
             source,
             ..with_reply(&items[i / corpus.samples], &output.tokens)
         };
-        let line = Line { source: s.source.clone(), tokens: s.tokens.clone(), roles: s.roles.clone() };
+        let line = Line {
+            source: s.source.clone(),
+            tokens: s.tokens.clone(),
+            roles: s.roles.clone(),
+        };
         if let Ok(text) = serde_json::to_string(&line) {
             // A line that can't be written is only asked for again.
             let _ = writeln!(file, "{text}").and_then(|()| file.flush());
@@ -203,8 +230,15 @@ fn read_file(
         let mut s = match (row.text, row.messages) {
             (Some(text), _) => text_sequence(c, &source, &text)?,
             (None, Some(messages)) => {
-                let chat = c.loaded.chat()?.encode(&c.loaded.tokenizer, &messages, false)?;
-                Sequence { source, tokens: chat.ids, roles: chat.roles }
+                let chat = c
+                    .loaded
+                    .chat()?
+                    .encode(&c.loaded.tokenizer, &messages, false)?;
+                Sequence {
+                    source,
+                    tokens: chat.ids,
+                    roles: chat.roles,
+                }
             }
             (None, None) => bail!("{source}: it has neither 'text' nor 'messages'"),
         };
@@ -227,16 +261,22 @@ fn write_activations(c: &StudyContext, sequences: &[Sequence], path: &Path) -> R
     let bar = Progress::new("harvest", "tokens", total as u64);
     let mut rows = 0;
     let mut failed = None;
-    let run = harvest(&c.loaded.model, c.site, sequences, c.study.model.batch_tokens, |_, x| {
-        let bytes: Vec<u8> = x[d..].iter().flat_map(|v| v.to_le_bytes()).collect();
-        if let Err(e) = out.write_all(&bytes) {
-            failed = Some(e);
-            return Err(FeatureError::Interrupted);
-        }
-        rows += x.len() / d - 1;
-        bar.advance((x.len() / d) as u64);
-        Ok(())
-    });
+    let run = harvest(
+        &c.loaded.model,
+        c.site,
+        sequences,
+        c.study.model.batch_tokens,
+        |_, x| {
+            let bytes: Vec<u8> = x[d..].iter().flat_map(|v| v.to_le_bytes()).collect();
+            if let Err(e) = out.write_all(&bytes) {
+                failed = Some(e);
+                return Err(FeatureError::Interrupted);
+            }
+            rows += x.len() / d - 1;
+            bar.advance((x.len() / d) as u64);
+            Ok(())
+        },
+    );
     if let Some(e) = failed {
         return Err(e).with_context(|| format!("write {}", path.display()));
     }
@@ -251,7 +291,11 @@ fn write_activations(c: &StudyContext, sequences: &[Sequence], path: &Path) -> R
 fn write_sequences(path: &Path, sequences: &[Sequence]) -> Result<()> {
     let mut text = String::new();
     for s in sequences {
-        let line = Line { source: s.source.clone(), tokens: s.tokens.clone(), roles: s.roles.clone() };
+        let line = Line {
+            source: s.source.clone(),
+            tokens: s.tokens.clone(),
+            roles: s.roles.clone(),
+        };
         text.push_str(&serde_json::to_string(&line)?);
         text.push('\n');
     }
@@ -261,7 +305,11 @@ fn write_sequences(path: &Path, sequences: &[Sequence]) -> Result<()> {
 /// Sequences that a former stage wrote.
 pub fn read_sequences(path: &Path) -> Result<Vec<Sequence>> {
     let lines = read_lines(path)?;
-    let sequence = |l: Line| Sequence { source: l.source, tokens: l.tokens, roles: l.roles };
+    let sequence = |l: Line| Sequence {
+        source: l.source,
+        tokens: l.tokens,
+        roles: l.roles,
+    };
     Ok(lines.into_iter().map(sequence).collect())
 }
 
@@ -270,7 +318,10 @@ fn read_lines(path: &Path) -> Result<Vec<Line>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let whole = text.rfind('\n').map_or(0, |at| at + 1);
     if whole < text.len() {
-        File::options().write(true).open(path)?.set_len(whole as u64)?;
+        File::options()
+            .write(true)
+            .open(path)?
+            .set_len(whole as u64)?;
     }
     text[..whole]
         .lines()

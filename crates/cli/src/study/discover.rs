@@ -14,9 +14,7 @@ use anyhow::{Result, bail};
 use demur_eval::arms::{self, Arm, Item};
 use demur_eval::judge::{Verdict, refusal_log_odds};
 use demur_eval::prompts::{self, Label, Prompt, Split};
-use demur_features::activations::{
-    CodedSequence, active_on_reply, latent_stats, top_activations,
-};
+use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
 use demur_features::causal::{last_logits, mean_kl, mean_rise};
 use demur_features::contrast::{PromptSummary, contrast};
 use demur_features::harvest::{Sequence, harvest};
@@ -58,19 +56,29 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     let bar = Progress::new("discover", "replies", items.len() as u64);
     let replies = arms::run(
         &mut c.engine(),
-        &[Arm { name: "base", hook: None, items: &items }],
+        &[Arm {
+            name: "base",
+            hook: None,
+            items: &items,
+        }],
         cfg.reply_tokens,
         &c.openers,
         &scratch.join("replies.jsonl"),
         |_| bar.advance(1),
     )?;
     bar.finish();
-    let refused: Vec<bool> = replies.iter().map(|r| r.verdict == Verdict::Refusal).collect();
+    let refused: Vec<bool> = replies
+        .iter()
+        .map(|r| r.verdict == Verdict::Refusal)
+        .collect();
     let refused_unsafe = refused[..on_unsafe.len()].iter().filter(|r| **r).count();
 
     // Codes of discovery chats and of held-out text.
-    let chats: Vec<Sequence> =
-        items.iter().zip(&replies).map(|(i, r)| with_reply(i, &r.tokens)).collect();
+    let chats: Vec<Sequence> = items
+        .iter()
+        .zip(&replies)
+        .map(|(i, r)| with_reply(i, &r.tokens))
+        .collect();
     let mut codes = Codes::new(c, sae);
     let chats = codes.of(&chats, "discovery")?;
     let mut all = chats.clone();
@@ -88,11 +96,17 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         .zip(&chats)
         .map(|(item, chat)| {
             let prompt = item.tokens.len();
-            chat.summary(prompt.saturating_sub(CLOSING)..prompt + cfg.window, sae.d_sae())
+            chat.summary(
+                prompt.saturating_sub(CLOSING)..prompt + cfg.window,
+                sae.d_sae(),
+            )
         })
         .collect();
     let pick = |keep: &dyn Fn(usize) -> bool| -> Vec<&PromptSummary> {
-        (0..items.len()).filter(|&i| keep(i)).map(|i| &summaries[i]).collect()
+        (0..items.len())
+            .filter(|&i| keep(i))
+            .map(|i| &summaries[i])
+            .collect()
     };
     let n_unsafe = on_unsafe.len();
     let mut evidence: BTreeMap<u32, Evidence> = BTreeMap::new();
@@ -101,23 +115,31 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     for method in &cfg.methods {
         let ranked: Vec<u32> = match method {
             Method::PaperRecipe => {
-                let Some(i) = (0..n_unsafe).find(|&i| refused[i]) else { continue };
+                let Some(i) = (0..n_unsafe).find(|&i| refused[i]) else {
+                    continue;
+                };
                 let prompt = items[i].tokens.len();
                 let found = active_on_reply(&chats[i], prompt..chats[i].tokens.len(), 2);
                 found
                     .iter()
                     .filter(|(j, _)| stats.density[*j as usize] <= cfg.max_density)
                     .map(|&(j, count)| {
-                        evidence.entry(j).or_default().paper_recipe =
-                            Some(RecipeEvidence { active_refusal_tokens: count });
+                        evidence.entry(j).or_default().paper_recipe = Some(RecipeEvidence {
+                            active_refusal_tokens: count,
+                        });
                         j
                     })
                     .collect()
             }
             Method::HarmfulVsLookalike => {
                 let (p, n) = (pick(&|i| i < n_unsafe), pick(&|i| i >= n_unsafe));
-                let found =
-                    contrast("harmful_vs_lookalike", &p, &n, &stats.density, cfg.max_density)?;
+                let found = contrast(
+                    "harmful_vs_lookalike",
+                    &p,
+                    &n,
+                    &stats.density,
+                    cfg.max_density,
+                )?;
                 for (j, e) in &found {
                     evidence.entry(*j).or_default().harmful_vs_lookalike = Some(e.clone());
                 }
@@ -125,15 +147,24 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
             }
             Method::RefusedVsComplied => {
                 let (p, n) = (pick(&|i| refused[i]), pick(&|i| !refused[i]));
-                let found =
-                    contrast("refused_vs_complied", &p, &n, &stats.density, cfg.max_density)?;
+                let found = contrast(
+                    "refused_vs_complied",
+                    &p,
+                    &n,
+                    &stats.density,
+                    cfg.max_density,
+                )?;
                 for (j, e) in &found {
                     evidence.entry(*j).or_default().refused_vs_complied = Some(e.clone());
                 }
                 found.iter().map(|f| f.0).collect()
             }
         };
-        let fresh: Vec<u32> = ranked.into_iter().filter(|j| !short.contains(j)).take(share).collect();
+        let fresh: Vec<u32> = ranked
+            .into_iter()
+            .filter(|j| !short.contains(j))
+            .take(share)
+            .collect();
         short.extend(fresh);
     }
     short.truncate(cfg.candidates);
@@ -171,9 +202,15 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
             }
         })
         .collect();
-    let methods = cfg.methods.iter().map(|m| serde_json::to_value(m).map(|v| v.as_str().unwrap_or_default().to_owned()));
+    let methods = cfg
+        .methods
+        .iter()
+        .map(|m| serde_json::to_value(m).map(|v| v.as_str().unwrap_or_default().to_owned()));
     Ok(Found {
-        table: FeatureTable { methods: methods.collect::<Result<_, _>>()?, features: table },
+        table: FeatureTable {
+            methods: methods.collect::<Result<_, _>>()?,
+            features: table,
+        },
         refused_unsafe,
         max_activation: stats.max_activation,
         resid_norm,
@@ -182,12 +219,23 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
 }
 
 /// A plan that sets latents to `value` in `unit`.
-pub fn clamp_plan(name: &str, c: &StudyContext, latents: &[u32], value: f64, unit: Unit) -> SteeringPlan {
+pub fn clamp_plan(
+    name: &str,
+    c: &StudyContext,
+    latents: &[u32],
+    value: f64,
+    unit: Unit,
+) -> SteeringPlan {
     let mut spec = InterventionSpec::at(c.site.to_string());
     spec.sae = Some(SAE_NAME.to_owned());
     spec.edits = latents
         .iter()
-        .map(|&latent| LatentEdit { latent, op: Op::Set, value: value as f32, unit })
+        .map(|&latent| LatentEdit {
+            latent,
+            op: Op::Set,
+            value: value as f32,
+            unit,
+        })
         .collect();
     SteeringPlan::single(name, spec)
 }
@@ -213,8 +261,13 @@ fn score(
     };
     let benign = prompts::shipped_benign()?;
     let on_unsafe = sequences(c.prompts(Split::Validation, Label::Unsafe))?;
-    let on_benign =
-        sequences(benign.iter().filter(|p| p.split == Some(Split::Validation)).take(4).collect())?;
+    let on_benign = sequences(
+        benign
+            .iter()
+            .filter(|p| p.split == Some(Split::Validation))
+            .take(4)
+            .collect(),
+    )?;
     let both: Vec<&Sequence> = on_unsafe.iter().chain(&on_benign).collect();
     let tokens = c.study.model.batch_tokens;
     let base = last_logits(&c.loaded.model, &both, None, tokens)?;
@@ -239,7 +292,9 @@ fn score(
     }
     bar.finish();
     scored.sort_by(|(i, a), (j, b)| {
-        b.refusal_logodds_delta_unsafe.total_cmp(&a.refusal_logodds_delta_unsafe).then(i.cmp(j))
+        b.refusal_logodds_delta_unsafe
+            .total_cmp(&a.refusal_logodds_delta_unsafe)
+            .then(i.cmp(j))
     });
     Ok(scored)
 }
@@ -256,7 +311,12 @@ struct Codes<'a> {
 
 impl<'a> Codes<'a> {
     fn new(c: &'a StudyContext, sae: &'a Sae) -> Self {
-        Self { c, sae, norms: (0.0, 0), rows: Vec::new() }
+        Self {
+            c,
+            sae,
+            norms: (0.0, 0),
+            rows: Vec::new(),
+        }
     }
 
     fn of(&mut self, sequences: &[Sequence], kind: &str) -> Result<Vec<CodedSequence>> {
@@ -264,23 +324,33 @@ impl<'a> Codes<'a> {
         let mut out = Vec::with_capacity(sequences.len());
         let keep = self.rows.is_empty();
         let tokens = self.c.study.model.batch_tokens;
-        harvest(&self.c.loaded.model, self.c.site, sequences, tokens, |i, x| {
-            for row in x.chunks_exact(d).skip(1) {
-                self.norms.0 += row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-                self.norms.1 += 1;
-            }
-            if keep {
-                self.rows.push(x.to_vec());
-            }
-            let s = &sequences[i];
-            out.push(CodedSequence {
-                source: format!("{kind}/{}", s.source),
-                tokens: s.tokens.clone(),
-                roles: s.roles.clone(),
-                codes: self.sae.encode(x, s.tokens.len()),
-            });
-            Ok(())
-        })?;
+        harvest(
+            &self.c.loaded.model,
+            self.c.site,
+            sequences,
+            tokens,
+            |i, x| {
+                for row in x.chunks_exact(d).skip(1) {
+                    self.norms.0 += row
+                        .iter()
+                        .map(|v| f64::from(*v).powi(2))
+                        .sum::<f64>()
+                        .sqrt();
+                    self.norms.1 += 1;
+                }
+                if keep {
+                    self.rows.push(x.to_vec());
+                }
+                let s = &sequences[i];
+                out.push(CodedSequence {
+                    source: format!("{kind}/{}", s.source),
+                    tokens: s.tokens.clone(),
+                    roles: s.roles.clone(),
+                    codes: self.sae.encode(x, s.tokens.len()),
+                });
+                Ok(())
+            },
+        )?;
         Ok(out)
     }
 
@@ -301,17 +371,30 @@ impl<'a> Codes<'a> {
 /// Mean of the refused rows less the mean of the others.
 fn refusal_direction(rows: &[Vec<f32>], refused: &[bool], d: usize) -> Vec<f32> {
     let mean = |want: bool| -> Vec<f64> {
-        let group: Vec<&Vec<f32>> =
-            rows.iter().zip(refused).filter(|(_, r)| **r == want).map(|(x, _)| x).collect();
+        let group: Vec<&Vec<f32>> = rows
+            .iter()
+            .zip(refused)
+            .filter(|(_, r)| **r == want)
+            .map(|(x, _)| x)
+            .collect();
         let n = group.len().max(1) as f64;
-        (0..d).map(|i| group.iter().map(|x| f64::from(x[i])).sum::<f64>() / n).collect()
+        (0..d)
+            .map(|i| group.iter().map(|x| f64::from(x[i])).sum::<f64>() / n)
+            .collect()
     };
-    mean(true).iter().zip(mean(false)).map(|(a, b)| (a - b) as f32).collect()
+    mean(true)
+        .iter()
+        .zip(mean(false))
+        .map(|(a, b)| (a - b) as f32)
+        .collect()
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |x: &[f32], y: &[f32]| -> f64 {
-        x.iter().zip(y).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        x.iter()
+            .zip(y)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     };
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(f64::MIN_POSITIVE)
 }

@@ -43,8 +43,10 @@ pub fn run(
     let cfg = &c.study.evaluate;
     let prompts = test_prompts(c);
     let items = c.items(&prompts)?;
-    let with_system: Vec<Item> =
-        prompts.iter().map(|p| c.item(p, Some(SYSTEM))).collect::<Result<_>>()?;
+    let with_system: Vec<Item> = prompts
+        .iter()
+        .map(|p| c.item(p, Some(SYSTEM)))
+        .collect::<Result<_>>()?;
     let plans = cfg
         .arms
         .iter()
@@ -60,7 +62,11 @@ pub fn run(
         .map(|((arm, _), hook)| RunArm {
             name: arm.name(),
             hook: hook.clone().map(|h| h as Arc<dyn Intervention>),
-            items: if *arm == Arm::SystemPrompt { &with_system } else { &items },
+            items: if *arm == Arm::SystemPrompt {
+                &with_system
+            } else {
+                &items
+            },
         })
         .collect();
     let bar = Progress::new("evaluate", "replies", (run_arms.len() * items.len()) as u64);
@@ -89,7 +95,11 @@ pub fn run(
 
 /// Unsafe test prompts, then safe ones.
 pub fn test_prompts(c: &StudyContext) -> Vec<&Prompt> {
-    [c.prompts(Split::Test, Label::Unsafe), c.prompts(Split::Test, Label::Safe)].concat()
+    [
+        c.prompts(Split::Test, Label::Unsafe),
+        c.prompts(Split::Test, Label::Safe),
+    ]
+    .concat()
 }
 
 /// KL and perplexity of every arm on the test passages.
@@ -115,8 +125,13 @@ fn text_costs(
                 None if *arm == Arm::SystemPrompt => continue,
                 None => text::score(&s.tokens, &base, &base, d_vocab),
                 Some(hook) => {
-                    let logits =
-                        text::logits(model, &s.tokens, &s.roles, Some(hook.as_ref()), &mut workspace)?;
+                    let logits = text::logits(
+                        model,
+                        &s.tokens,
+                        &s.roles,
+                        Some(hook.as_ref()),
+                        &mut workspace,
+                    )?;
                     text::score(&s.tokens, &base, &logits, d_vocab)
                 }
             };
@@ -167,7 +182,12 @@ fn plan_of(
         Arm::DifferenceOfMeans => edit(&|s| {
             s.edits.clear();
             s.sae = None;
-            let norm = found.refusal_direction.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let norm = found
+                .refusal_direction
+                .iter()
+                .map(|v| v * v)
+                .sum::<f32>()
+                .sqrt();
             s.direction = Some(Direction {
                 name: "refused minus complied".to_owned(),
                 vector: found.refusal_direction.clone(),
@@ -186,7 +206,11 @@ fn random_latents(
     found: &Found,
     tuned: &Tuned,
 ) -> Result<(Vec<u32>, f32)> {
-    let spec = tuned.plan.interventions.first().context("the plan has no intervention")?;
+    let spec = tuned
+        .plan
+        .interventions
+        .first()
+        .context("the plan has no intervention")?;
     let taken: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
     let alive: Vec<u32> = (0..sae.sae.d_sae() as u32)
         .filter(|j| sae.max_activation[*j as usize] > 0.0 && !taken.contains(j))

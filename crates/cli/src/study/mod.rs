@@ -81,9 +81,11 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let trained = corpus_and_sae(&mut run, c)?;
     let harvest_dir = run.dir.join("harvest");
     let sae = train::load(c, &run.dir.join("train"))?;
-    let found = run.stage("discover", &(&c.study.discovery, &c.study.prompts), |scratch| {
-        discover::run(c, &sae, &harvest_dir, scratch)
-    })?;
+    let found = run.stage(
+        "discover",
+        &(&c.study.discovery, &c.study.prompts),
+        |scratch| discover::run(c, &sae, &harvest_dir, scratch),
+    )?;
     let working = Working {
         sha256: trained.sha256.clone(),
         max_activation: found.max_activation.clone().into(),
@@ -100,7 +102,11 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     record.write(&run.dir.join("record.json"))?;
     let html = crate::report::render(&record)?;
     write_atomic(&run.dir.join("report.html"), html.as_bytes())?;
-    note(format_args!("{:<12} {}", "report", run.dir.join("report.html").display()));
+    note(format_args!(
+        "{:<12} {}",
+        "report",
+        run.dir.join("report.html").display()
+    ));
     Ok(record)
 }
 
@@ -123,7 +129,10 @@ fn pull(run: &mut run::Run, study: Study) -> Result<(String, StudyContext)> {
     let pulled: Pulled = run.stage("pull", &study.model.name, |_| {
         let path = fetch::model_path(&study.model.name, Source::Any)?;
         let checkpoint = demur_model::checkpoint::Checkpoint::open(&path)?;
-        Ok(Pulled { sha256: checkpoint.sha256(), path })
+        Ok(Pulled {
+            sha256: checkpoint.sha256(),
+            path,
+        })
     })?;
     Ok((pulled.sha256, StudyContext::new(study, &pulled.path)?))
 }
@@ -135,9 +144,11 @@ fn corpus_and_sae(run: &mut run::Run, c: &StudyContext) -> Result<train::Trained
         |scratch| corpus::run(c, scratch),
     )?;
     let harvest = run.dir.join("harvest");
-    run.stage("train", &(&c.study.sae, &c.study.train, c.study.seed), |scratch| {
-        train::run(c, &corpus, &harvest, scratch)
-    })
+    run.stage(
+        "train",
+        &(&c.study.sae, &c.study.train, c.study.seed),
+        |scratch| train::run(c, &corpus, &harvest, scratch),
+    )
 }
 
 /// What `pull` leaves.
@@ -153,13 +164,22 @@ impl StudyContext {
         let loaded = Loaded::open(name, study.model.precision)?;
         let site = study.site()?.check(loaded.model.spec().n_layers)?;
         let openers = judge::opener_tokens(|text| {
-            loaded.tokenizer.encode(text, Special::AsText).unwrap_or_default()
+            loaded
+                .tokenizer
+                .encode(text, Special::AsText)
+                .unwrap_or_default()
         });
         let prompts = match &study.prompts.file {
             Some(file) => prompts::read(file)?,
             None => prompts::shipped_pairs()?,
         };
-        let context = Self { study, loaded, site, openers, prompts };
+        let context = Self {
+            study,
+            loaded,
+            site,
+            openers,
+            prompts,
+        };
         for split in [Split::Discovery, Split::Validation, Split::Test] {
             for label in [Label::Unsafe, Label::Safe] {
                 if context.prompts(split, label).is_empty() {
@@ -179,8 +199,12 @@ impl StudyContext {
             Split::Test => p.test,
             Split::Corpus => 0,
         };
-        let all = self.prompts.iter().filter(|p| p.split == Some(split) && p.label == Some(label));
-        all.take(if most == 0 { usize::MAX } else { most }).collect()
+        let all = self
+            .prompts
+            .iter()
+            .filter(|p| p.split == Some(split) && p.label == Some(label));
+        all.take(if most == 0 { usize::MAX } else { most })
+            .collect()
     }
 
     /// A prompt as this model is asked it.
@@ -192,7 +216,11 @@ impl StudyContext {
             .chat()?
             .encode(&self.loaded.tokenizer, &messages, true)
             .with_context(|| format!("prompt '{}'", prompt.id))?;
-        Ok(Item { id: prompt.id.clone(), tokens: rendered.ids, roles: rendered.roles })
+        Ok(Item {
+            id: prompt.id.clone(),
+            tokens: rendered.ids,
+            roles: rendered.roles,
+        })
     }
 
     /// Many prompts.
@@ -249,9 +277,18 @@ pub fn dry_run(study: &Study, runs: &Path) {
     println!("pull       {}", study.model.name);
     println!("harvest    {}", study.sae.site);
     println!("train      {sae}");
-    println!("discover   {:?}, short list of {}", study.discovery.methods, study.discovery.candidates);
-    println!("tune       values {:?}, sets of {:?}", study.tune.values, study.tune.set_sizes);
+    println!(
+        "discover   {:?}, short list of {}",
+        study.discovery.methods, study.discovery.candidates
+    );
+    println!(
+        "tune       values {:?}, sets of {:?}",
+        study.tune.values, study.tune.set_sizes
+    );
     let arms: Vec<_> = study.evaluate.arms.iter().map(|a| a.name()).collect();
     println!("evaluate   {}", arms.join(", "));
-    println!("report     {}", runs.join(&study.name).join("report.html").display());
+    println!(
+        "report     {}",
+        runs.join(&study.name).join("report.html").display()
+    );
 }

@@ -42,7 +42,9 @@ pub fn assemble(
         .flat_map(|i| i.edits.iter().map(|e| e.latent))
         .collect();
     let mut features = found.table.features.clone();
-    features.iter_mut().for_each(|f| f.chosen = chosen.contains(&f.latent));
+    features
+        .iter_mut()
+        .for_each(|f| f.chosen = chosen.contains(&f.latent));
     Ok(Record {
         schema: SCHEMA,
         study: c.study.name.clone(),
@@ -59,7 +61,9 @@ pub fn assemble(
             .collect(),
         config: serde_json::to_value(&c.study)?,
         seed: c.study.seed,
-        versions: Versions { demur: env!("CARGO_PKG_VERSION").to_owned() },
+        versions: Versions {
+            demur: env!("CARGO_PKG_VERSION").to_owned(),
+        },
         device: Device {
             arch: std::env::consts::ARCH.to_owned(),
             isa: demur_kernels::dispatch::isa().name().to_owned(),
@@ -67,7 +71,13 @@ pub fn assemble(
         },
         model: ModelFacts {
             name: c.study.model.name.clone(),
-            file: c.loaded.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            file: c
+                .loaded
+                .path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
             sha256: model_sha256.to_owned(),
             architecture: spec.architecture.clone(),
             n_layers: spec.n_layers,
@@ -126,7 +136,10 @@ pub fn assemble(
 }
 
 fn text(value: &impl serde::Serialize) -> Result<String> {
-    Ok(serde_json::to_value(value)?.as_str().unwrap_or_default().to_owned())
+    Ok(serde_json::to_value(value)?
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
 }
 
 fn label(p: &Prompt) -> Label {
@@ -145,23 +158,41 @@ fn arm_reply(r: &Reply) -> ArmReply {
 
 /// Which prompts of a label an arm refused, in their order.
 fn refused(prompts: &[&Prompt], run: &ArmRun, want: Label) -> Vec<bool> {
-    let both = prompts.iter().zip(&run.replies).filter(|(p, _)| label(p) == want);
+    let both = prompts
+        .iter()
+        .zip(&run.replies)
+        .filter(|(p, _)| label(p) == want);
     both.map(|(_, r)| r.verdict == Verdict::Refusal).collect()
 }
 
 fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<ArmResult> {
-    let suite = if c.study.prompts.file.is_some() { "prompts" } else { "pairs" };
-    let kinds = [(Label::Unsafe, "refusal_unsafe"), (Label::Safe, "refusal_safe")];
+    let suite = if c.study.prompts.file.is_some() {
+        "prompts"
+    } else {
+        "pairs"
+    };
+    let kinds = [
+        (Label::Unsafe, "refusal_unsafe"),
+        (Label::Safe, "refusal_safe"),
+    ];
     let mut results: Vec<ArmResult> = runs
         .iter()
         .map(|run| {
             let mut metrics = Vec::new();
             let mut push = |suite: &str, metric: &str, estimate: Estimate| {
-                metrics.push(Metric { suite: suite.to_owned(), metric: metric.to_owned(), estimate });
+                metrics.push(Metric {
+                    suite: suite.to_owned(),
+                    metric: metric.to_owned(),
+                    estimate,
+                });
             };
             for (want, metric) in kinds {
                 let r = refused(prompts, run, want);
-                push(suite, metric, wilson(r.iter().filter(|r| **r).count(), r.len()));
+                push(
+                    suite,
+                    metric,
+                    wilson(r.iter().filter(|r| **r).count(), r.len()),
+                );
             }
             let broken = run
                 .replies
@@ -171,7 +202,10 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
             push(suite, "gibberish", wilson(broken, run.replies.len()));
             if !run.passages.is_empty() {
                 let per_token = |f: &dyn Fn(&(usize, f64, f64)) -> f64| -> Vec<f64> {
-                    run.passages.iter().map(|p| f(p) / p.0.max(1) as f64).collect()
+                    run.passages
+                        .iter()
+                        .map(|p| f(p) / p.0.max(1) as f64)
+                        .collect()
                 };
                 // Passages are the unit: tokens within one are not independent.
                 push("passages", "kl", stats::mean(&per_token(&|p| p.2)));
@@ -204,15 +238,24 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
                 .map(|run| {
                     let second = refused(prompts, run, want);
                     let count = |f: fn(bool, bool) -> bool| {
-                        first.iter().zip(&second).filter(|(a, b)| f(**a, **b)).count()
+                        first
+                            .iter()
+                            .zip(&second)
+                            .filter(|(a, b)| f(**a, **b))
+                            .count()
                     };
                     let p = mcnemar(count(|a, b| a && !b), count(|a, b| !a && b));
                     (paired_difference(&first, &second), p)
                 })
                 .collect();
             let adjusted = stats::holm(&compared.iter().map(|x| x.1).collect::<Vec<_>>());
-            for ((result, (estimate, _)), p) in results[1..].iter_mut().zip(compared).zip(adjusted) {
-                result.versus_base.push(Difference { metric: metric.to_owned(), estimate, p });
+            for ((result, (estimate, _)), p) in results[1..].iter_mut().zip(compared).zip(adjusted)
+            {
+                result.versus_base.push(Difference {
+                    metric: metric.to_owned(),
+                    estimate,
+                    p,
+                });
             }
         }
     }
@@ -242,7 +285,10 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
             "Difference of means",
             "Three times the mean difference between refused and complied prompts is added. A baseline without an SAE.",
         ),
-        Arm::SystemPrompt => ("System prompt", "The model is asked in words to refuse harm."),
+        Arm::SystemPrompt => (
+            "System prompt",
+            "The model is asked in words to refuse harm.",
+        ),
     }
 }
 

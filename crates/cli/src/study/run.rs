@@ -18,8 +18,9 @@ use crate::fetch::hex;
 use crate::progress::note;
 
 /// The stages, in order.
-pub const STAGES: [&str; 7] =
-    ["pull", "harvest", "train", "discover", "tune", "evaluate", "report"];
+pub const STAGES: [&str; 7] = [
+    "pull", "harvest", "train", "discover", "tune", "evaluate", "report",
+];
 
 /// Raised when a stage's output changes for the same input.
 const STAGE_VERSION: u32 = 1;
@@ -48,7 +49,12 @@ impl Run {
     /// Opens `dir`, creating it; stages from index `from` on are run anew.
     pub fn open(dir: PathBuf, from: Option<usize>) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        Ok(Self { dir, from, chain: String::new(), stages: Vec::new() })
+        Ok(Self {
+            dir,
+            from,
+            chain: String::new(),
+            stages: Vec::new(),
+        })
     }
 
     /// Runs `work`, unless the stage's file already has its output for the same inputs.
@@ -61,7 +67,10 @@ impl Run {
         inputs: &impl Serialize,
         work: impl FnOnce(&Path) -> Result<T>,
     ) -> Result<T> {
-        let index = STAGES.iter().position(|s| *s == name).unwrap_or(STAGES.len());
+        let index = STAGES
+            .iter()
+            .position(|s| *s == name)
+            .unwrap_or(STAGES.len());
         let inputs_sha256 = hash(&(STAGE_VERSION, name, &self.chain, inputs))?;
         let file = self.dir.join(format!("{name}.json"));
         let scratch = self.dir.join(name);
@@ -87,7 +96,11 @@ impl Run {
         let started = Instant::now();
         let output = work(&scratch).with_context(|| format!("stage '{name}'"))?;
         let wall_s = started.elapsed().as_secs_f64();
-        let stage = StageFile { inputs_sha256, wall_s, output };
+        let stage = StageFile {
+            inputs_sha256,
+            wall_s,
+            output,
+        };
         write_atomic(&file, &serde_json::to_vec_pretty(&stage)?)?;
         // From the file, so that a resumed run continues from the very same numbers.
         let stage: StageFile<T> = serde_json::from_slice(&fs::read(&file)?)?;
@@ -112,9 +125,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(folder)
         .with_context(|| format!("write into {}", folder.display()))?;
-    file.write_all(bytes).with_context(|| format!("write {}", path.display()))?;
+    file.write_all(bytes)
+        .with_context(|| format!("write {}", path.display()))?;
     file.as_file().sync_all()?;
-    file.persist(path).with_context(|| format!("write {}", path.display()))?;
+    file.persist(path)
+        .with_context(|| format!("write {}", path.display()))?;
     Ok(())
 }
 

@@ -90,17 +90,33 @@ fn train(
 ) -> Result<Vec<CurvePoint>> {
     let t = &c.study.train;
     let d = c.loaded.model.spec().d_model;
-    let bytes = std::fs::read(activations)
-        .with_context(|| format!("read {}", activations.display()))?;
+    let bytes =
+        std::fs::read(activations).with_context(|| format!("read {}", activations.display()))?;
     if bytes.len() != corpus.train_rows * d * 4 {
-        bail!("{} has been cut; run with --from harvest", activations.display());
+        bail!(
+            "{} has been cut; run with --from harvest",
+            activations.display()
+        );
     }
-    let data: Vec<f32> =
-        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let data: Vec<f32> = bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect();
     drop(bytes);
-    let mut rows = ScaledRows::new(Rows { data: &data, d_model: d }, OUTLIER, c.study.seed);
+    let mut rows = ScaledRows::new(
+        Rows {
+            data: &data,
+            d_model: d,
+        },
+        OUTLIER,
+        c.study.seed,
+    );
     let batch = t.batch.min(rows.len().max(1));
-    let steps = ((rows.len() as f64 * t.epochs) / batch as f64).ceil().max(1.0) as usize;
+    let steps = ((rows.len() as f64 * t.epochs) / batch as f64)
+        .ceil()
+        .max(1.0) as usize;
     let cfg = TrainConfig {
         sae: SaeConfig {
             d_model: d,
@@ -139,7 +155,13 @@ fn train(
         bar.advance(1);
         bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
         if s.step % (steps / 100).max(1) == 0 || s.step == steps {
-            curve.push(CurvePoint { step: s.step, fvu: s.fvu, loss: s.loss, dead: s.dead, lr: s.lr });
+            curve.push(CurvePoint {
+                step: s.step,
+                fvu: s.fvu,
+                loss: s.loss,
+                dead: s.dead,
+                lr: s.lr,
+            });
         }
         if s.step % CHECKPOINT_EVERY == 0 {
             super::write_atomic(&curve_file, &serde_json::to_vec(&curve)?)?;
@@ -157,7 +179,12 @@ fn train(
         "final_fvu": curve.last().map(|p| p.fvu),
         "demur": env!("CARGO_PKG_VERSION"),
     });
-    saelens::save(&trainer.finish()?, &scratch.join("sae"), WeightType::F16, &training)?;
+    saelens::save(
+        &trainer.finish()?,
+        &scratch.join("sae"),
+        WeightType::F16,
+        &training,
+    )?;
     let _ = std::fs::remove_file(&state);
     Ok(curve)
 }
@@ -166,9 +193,15 @@ fn train(
 fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<Quality> {
     let d = sae.d_model();
     let mut meter = QualityMeter::new(d, sae.d_sae());
-    harvest(&c.loaded.model, c.site, sequences, c.study.model.batch_tokens, |_, x| {
-        meter.add_rows(sae, &x[d.min(x.len())..]);
-        Ok(())
-    })?;
+    harvest(
+        &c.loaded.model,
+        c.site,
+        sequences,
+        c.study.model.batch_tokens,
+        |_, x| {
+            meter.add_rows(sae, &x[d.min(x.len())..]);
+            Ok(())
+        },
+    )?;
     Ok(meter.quality())
 }

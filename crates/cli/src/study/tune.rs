@@ -36,7 +36,11 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
     };
     let take = |label| -> Vec<&Prompt> {
         let all = c.prompts(Split::Validation, label);
-        let n = if cfg.prompts == 0 { all.len() } else { cfg.prompts.min(all.len()) };
+        let n = if cfg.prompts == 0 {
+            all.len()
+        } else {
+            cfg.prompts.min(all.len())
+        };
         all[..n].to_vec()
     };
     let (on_unsafe, on_safe) = (take(Label::Unsafe), take(Label::Safe));
@@ -51,21 +55,33 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
             if latents.len() == size {
                 let name = format!("set{size}_{value}");
                 let mut plan = clamp_plan(&name, c, &latents, value, unit);
-                plan.saes.insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
+                plan.saes
+                    .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
                 settings.push((name, latents.clone(), value, plan));
             }
         }
     }
     if settings.is_empty() {
-        bail!("tune.set_sizes asks for more latents than the {} found", ranked.len());
+        bail!(
+            "tune.set_sizes asks for more latents than the {} found",
+            ranked.len()
+        );
     }
     let hooks = settings
         .iter()
         .map(|s| c.compile(&s.3, sae))
         .collect::<Result<Vec<_>>>()?;
-    let mut all = vec![Arm { name: "base", hook: None, items: &items }];
+    let mut all = vec![Arm {
+        name: "base",
+        hook: None,
+        items: &items,
+    }];
     for (s, hook) in settings.iter().zip(&hooks) {
-        all.push(Arm { name: &s.0, hook: Some(hook.clone()), items: &items });
+        all.push(Arm {
+            name: &s.0,
+            hook: Some(hook.clone()),
+            items: &items,
+        });
     }
     let bar = Progress::new("tune", "replies", (all.len() * items.len()) as u64);
     let replies = arms::run(
@@ -86,9 +102,16 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
     let (base_unsafe, base_safe) = rates(by_arm.next().unwrap_or_default());
 
     let benign = prompts::shipped_benign()?;
-    let benign: Vec<&Prompt> =
-        benign.iter().filter(|p| p.split == Some(Split::Validation)).take(8).collect();
-    let benign: Vec<Sequence> = c.items(&benign)?.iter().map(|i| with_reply(i, &[])).collect();
+    let benign: Vec<&Prompt> = benign
+        .iter()
+        .filter(|p| p.split == Some(Split::Validation))
+        .take(8)
+        .collect();
+    let benign: Vec<Sequence> = c
+        .items(&benign)?
+        .iter()
+        .map(|i| with_reply(i, &[]))
+        .collect();
     let benign: Vec<&Sequence> = benign.iter().collect();
     let tokens = c.study.model.batch_tokens;
     let base_logits = last_logits(&c.loaded.model, &benign, None, tokens)?;
@@ -131,7 +154,11 @@ fn choose(sweep: &[SweepPoint], aim: f64) -> usize {
     let reaches = sweep.iter().any(|p| p.refusal_unsafe.value >= aim);
     let score = |p: &SweepPoint| {
         if reaches {
-            if p.refusal_unsafe.value >= aim { -p.refusal_safe.value } else { f64::NEG_INFINITY }
+            if p.refusal_unsafe.value >= aim {
+                -p.refusal_safe.value
+            } else {
+                f64::NEG_INFINITY
+            }
         } else {
             p.refusal_unsafe.value - p.refusal_safe.value
         }
@@ -140,7 +167,12 @@ fn choose(sweep: &[SweepPoint], aim: f64) -> usize {
         .max_by(|&a, &b| {
             score(&sweep[a])
                 .total_cmp(&score(&sweep[b]))
-                .then(sweep[a].refusal_unsafe.value.total_cmp(&sweep[b].refusal_unsafe.value))
+                .then(
+                    sweep[a]
+                        .refusal_unsafe
+                        .value
+                        .total_cmp(&sweep[b].refusal_unsafe.value),
+                )
                 .then(sweep[b].kl.total_cmp(&sweep[a].kl))
                 .then(b.cmp(&a))
         })
@@ -166,7 +198,12 @@ mod tests {
 
     #[test]
     fn the_aim_comes_first_then_over_refusal_then_kl() {
-        let sweep = [point(10, 0, 0.0), point(18, 9, 0.1), point(20, 12, 0.2), point(18, 9, 0.05)];
+        let sweep = [
+            point(10, 0, 0.0),
+            point(18, 9, 0.1),
+            point(20, 12, 0.2),
+            point(18, 9, 0.05),
+        ];
         assert_eq!(choose(&sweep, 0.9), 3);
         // nobody reaches it: the largest difference
         assert_eq!(choose(&[point(10, 0, 0.0), point(12, 1, 0.0)], 0.9), 1);
