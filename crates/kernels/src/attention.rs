@@ -188,8 +188,8 @@ struct Tile<'a> {
 impl Tile<'_> {
     fn run(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
         #[cfg(target_arch = "x86_64")]
-        if isa() == Isa::Avx2 {
-            // SAFETY: `isa` returns Avx2 only where the processor has these features.
+        if isa() >= Isa::Avx2 {
+            // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
             return unsafe { self.run_avx2(scratch, out) };
         }
         self.body::<false>(scratch, out);

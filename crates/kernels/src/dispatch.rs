@@ -1,26 +1,33 @@
 //! The one place where the instruction set is chosen.
 //!
-//! `DEMUR_ISA=portable` or `avx2` overrides what the processor offers, for tests and comparisons; a
-//! set that the processor lacks is never chosen.
+//! Sets are ordered, and each includes those before it: a kernel asks `isa() >= Isa::Avx2`.
+//! `DEMUR_ISA=portable`, `avx2` or `avx512` overrides what the processor offers, for tests and
+//! comparisons; a set that the processor lacks is never chosen.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// An instruction set that kernels are written for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Isa {
     /// Plain Rust.
     Portable = 1,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2 = 2,
+    /// AVX-512 (F, BW, DQ, VL) with the integer and bf16 dot products (VNNI, BF16), and AVX2.
+    Avx512 = 3,
 }
 
 impl Isa {
+    /// All sets, ascending.
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
     /// Name as in records and `DEMUR_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
         }
     }
 
@@ -34,8 +41,18 @@ impl Isa {
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 => false,
+            Self::Avx2 | Self::Avx512 => false,
         }
     }
 }
@@ -44,20 +61,17 @@ static CHOSEN: AtomicU8 = AtomicU8::new(0);
 
 /// The instruction set in use.
 pub fn isa() -> Isa {
-    match CHOSEN.load(Ordering::Relaxed) {
-        1 => Isa::Portable,
-        2 => Isa::Avx2,
-        _ => {
-            let asked = std::env::var("DEMUR_ISA").unwrap_or_default();
-            let isa = if asked == Isa::Portable.name() || !Isa::Avx2.available() {
-                Isa::Portable
-            } else {
-                Isa::Avx2
-            };
-            CHOSEN.store(isa as u8, Ordering::Relaxed);
-            isa
-        }
+    let chosen = CHOSEN.load(Ordering::Relaxed);
+    if let Some(isa) = Isa::ALL.into_iter().find(|i| *i as u8 == chosen) {
+        return isa;
     }
+    let asked = std::env::var("DEMUR_ISA").unwrap_or_default();
+    let named = Isa::ALL.into_iter().find(|i| i.name() == asked);
+    let most = named.unwrap_or(Isa::Avx512);
+    let usable = |i: &Isa| *i <= most && i.available();
+    let isa = Isa::ALL.into_iter().rfind(usable).unwrap_or(Isa::Portable);
+    CHOSEN.store(isa as u8, Ordering::Relaxed);
+    isa
 }
 
 /// Forces an instruction set for the whole process; returns false, and changes nothing, if the
@@ -78,7 +92,7 @@ pub fn force(isa: Isa) -> bool {
 pub(crate) fn on_every_isa(mut test: impl FnMut(Isa)) {
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
-    for isa in [Isa::Portable, Isa::Avx2] {
+    for isa in Isa::ALL {
         if force(isa) {
             test(isa);
         }
@@ -98,5 +112,6 @@ mod tests {
         });
         assert_eq!(seen[0], "portable");
         assert_eq!(seen.contains(&"avx2"), Isa::Avx2.available());
+        assert_eq!(seen.contains(&"avx512"), Isa::Avx512.available());
     }
 }

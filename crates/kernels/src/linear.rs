@@ -340,8 +340,8 @@ impl Element for Brain {
 /// Dot products of two weight rows with up to four activation rows.
 fn dots<T: Element>(w: [&[T]; 2], x: [&[f32]; 4], tile: usize) -> [[f32; 4]; 2] {
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx2 {
-        // SAFETY: `isa` returns Avx2 only where the processor has these features.
+    if isa() >= Isa::Avx2 {
+        // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
         return unsafe {
             match tile {
                 1 => dots_avx2::<T, 1>(w, x),

@@ -22,8 +22,8 @@ macro_rules! dispatched {
         $(#[$doc])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            if isa() == Isa::Avx2 {
-                // SAFETY: `isa` returns Avx2 only where the processor has these features.
+            if isa() >= Isa::Avx2 {
+                // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
                 return unsafe { $wide($($arg),*) };
             }
             $body($($arg),*)

@@ -107,8 +107,8 @@ impl Activations {
         self.0.resize(x.len() / BLOCK, XBlock::default());
         let one = |(x, out): (&[f32], &mut [XBlock])| {
             #[cfg(target_arch = "x86_64")]
-            if isa() == Isa::Avx2 {
-                // SAFETY: `isa` returns Avx2 only where the processor has these features.
+            if isa() >= Isa::Avx2 {
+                // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
                 return unsafe { quantise_avx2(x, out) };
             }
             quantise(x, out);
@@ -330,7 +330,7 @@ impl Packed {
     /// The sums of one panel for up to four activation rows from `first` on.
     fn panel(&self, panel: usize, x: &Activations, first: usize, sums: &mut [[f32; PANEL]]) {
         #[cfg(target_arch = "x86_64")]
-        if isa() == Isa::Avx2 {
+        if isa() >= Isa::Avx2 {
             return avx2::panel(self, panel, x, first, sums);
         }
         self.panel_portable(panel, x, first, sums);
