@@ -134,11 +134,7 @@ fn compile_one(
     };
     let (mut sae, mut values) = (None, Vec::new());
     if let Some(name) = &spec.sae {
-        let entry = saes.get(name).ok_or_else(|| SteeringError::UnknownSae {
-            place: place.to_owned(),
-            name: name.clone(),
-            known: saes.keys().cloned().collect::<Vec<_>>().join(", "),
-        })?;
+        let entry = entry(saes, name, place)?;
         width(format!("SAE '{name}'"), entry.sae.d_model())?;
         let latents = spec.edits.iter().map(|e| e.latent);
         let read = spec
@@ -172,6 +168,32 @@ fn compile_one(
         span: spec.span.clone(),
         gate: spec.gate.clone(),
         max_edit_norm: spec.max_edit_norm,
+    })
+}
+
+/// The plan with every value in activations: it needs nothing but the SAE to run.
+///
+/// # Errors
+/// [`SteeringError::UnknownSae`], or [`SteeringError::MissingScale`] for a unit without its figure.
+pub fn absolute(plan: &SteeringPlan, saes: &SaeSet) -> Result<SteeringPlan, SteeringError> {
+    let mut plan = plan.clone();
+    for (i, spec) in plan.interventions.iter_mut().enumerate() {
+        let place = format!("interventions[{i}]");
+        let Some(name) = &spec.sae else { continue };
+        let values = absolute_values(spec, entry(saes, name, &place)?, &place)?;
+        for (edit, value) in spec.edits.iter_mut().zip(values) {
+            edit.value = value;
+            edit.unit = Unit::Abs;
+        }
+    }
+    Ok(plan)
+}
+
+fn entry<'a>(saes: &'a SaeSet, name: &str, place: &str) -> Result<&'a SaeEntry, SteeringError> {
+    saes.get(name).ok_or_else(|| SteeringError::UnknownSae {
+        place: place.to_owned(),
+        name: name.to_owned(),
+        known: saes.keys().cloned().collect::<Vec<_>>().join(", "),
     })
 }
 

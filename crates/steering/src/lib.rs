@@ -29,7 +29,7 @@ mod explain;
 mod gate;
 mod plan;
 
-pub use compile::{CompiledPlan, SaeEntry, SaeSet, compile};
+pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
 pub use error::SteeringError;
 pub use explain::explain;
 pub use gate::{Aggregate, Gate, GateWeight};

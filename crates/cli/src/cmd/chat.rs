@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use demur_eval::record::Record;
 use demur_model::chat::Message;
 use demur_model::generate::{Engine, EngineConfig, Event, Request};
 use demur_model::hooks::Intervention;
@@ -28,7 +27,8 @@ pub struct Args {
     side_by_side: bool,
 }
 
-/// Compiles the plan in `plan` against the SAE in `sae`, or the one that is shipped.
+/// Compiles the plan against the SAE in `sae`, the one that its study trained, or the one that is
+/// shipped.
 pub fn steering(
     loaded: &Loaded,
     plan_file: Option<&Path>,
@@ -41,31 +41,23 @@ pub fn steering(
     note(explain(&plan));
     let mut saes = SaeSet::new();
     if !plan.saes.is_empty() {
-        let (sae, sha256) = match sae {
-            None => shipped_sae()?,
-            Some(dir) => {
-                let inner = dir.join("train").join("sae");
-                let dir = if inner.is_dir() {
-                    inner
-                } else {
-                    dir.to_owned()
-                };
-                (saelens::load(&dir)?, saelens::weights_sha256(&dir)?)
+        // A study that trained its SAE keeps it beside the plan.
+        let beside = plan_file.parent().map(|p| p.join("train").join("sae"));
+        let folder = match sae {
+            Some(dir) if dir.join("train").join("sae").is_dir() => {
+                Some(dir.join("train").join("sae"))
             }
+            Some(dir) => Some(dir.to_owned()),
+            None => beside.filter(|p| p.is_dir()),
         };
-        // A plan that a study wrote lies beside its record, which knows the latents' maxima.
-        let record = plan_file
-            .parent()
-            .map(|p| p.join("record.json"))
-            .filter(|p| p.is_file());
-        let max_activation = match record {
-            Some(path) => Some(maxima(&Record::read(&path)?, sae.d_sae())),
-            None => None,
+        let (sae, sha256) = match folder {
+            Some(dir) => (saelens::load(&dir)?, saelens::weights_sha256(&dir)?),
+            None => shipped_sae()?,
         };
         let entry = SaeEntry {
             sae: Arc::new(sae),
             sha256,
-            max_activation,
+            max_activation: None,
             resid_norm: None,
         };
         let names = plan.saes.keys().cloned().chain([SAE_NAME.to_owned()]);
@@ -77,16 +69,6 @@ pub fn steering(
     let compiled = compile(&plan, &saes, spec.n_layers, spec.d_model)
         .with_context(|| format!("plan {}", plan_file.display()))?;
     Ok(Some(Arc::new(compiled)))
-}
-
-fn maxima(record: &Record, d_sae: usize) -> Arc<[f32]> {
-    let mut max = vec![0.0; d_sae];
-    for f in &record.discovery.features {
-        if let (Some(slot), Some(m)) = (max.get_mut(f.latent as usize), f.evidence.max_activation) {
-            *slot = m as f32;
-        }
-    }
-    max.into()
 }
 
 pub fn run(args: Args) -> Result<()> {

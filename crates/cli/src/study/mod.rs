@@ -28,7 +28,7 @@ use demur_model::generate::EngineConfig;
 use demur_model::hooks::Site;
 use demur_model::tokenizer::Special;
 use demur_sae::Sae;
-use demur_steering::{CompiledPlan, SaeEntry, SteeringPlan, compile};
+use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, absolute, compile};
 
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
@@ -66,6 +66,19 @@ pub struct Working {
     pub resid_norm: f32,
 }
 
+impl Working {
+    /// The SAE under the name that plans use.
+    fn set(&self) -> SaeSet {
+        let entry = SaeEntry {
+            sae: Arc::clone(&self.sae),
+            sha256: self.sha256.clone(),
+            max_activation: Some(Arc::clone(&self.max_activation)),
+            resid_norm: Some(self.resid_norm),
+        };
+        BTreeMap::from([(SAE_NAME.to_owned(), entry)])
+    }
+}
+
 /// Runs a study and returns its record.
 pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let from = match &options.from {
@@ -95,6 +108,9 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let tuned = run.stage("tune", &c.study.tune, |scratch| {
         tune::run(c, &working, &found, scratch)
     })?;
+    // For `demur chat --plan`: it needs nothing but the SAE.
+    let plan = absolute(&tuned.plan, &working.set())?.to_toml()?;
+    write_atomic(&run.dir.join("plan.toml"), plan.as_bytes())?;
     let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
         evaluate::run(c, &working, &found, &tuned, scratch)
     })?;
@@ -238,15 +254,13 @@ impl StudyContext {
 
     /// Compiles a plan against the study's SAE.
     pub fn compile(&self, plan: &SteeringPlan, sae: &Working) -> Result<Arc<CompiledPlan>> {
-        let entry = SaeEntry {
-            sae: Arc::clone(&sae.sae),
-            sha256: sae.sha256.clone(),
-            max_activation: Some(Arc::clone(&sae.max_activation)),
-            resid_norm: Some(sae.resid_norm),
-        };
         let spec = self.loaded.model.spec();
-        let saes = BTreeMap::from([(SAE_NAME.to_owned(), entry)]);
-        Ok(Arc::new(compile(plan, &saes, spec.n_layers, spec.d_model)?))
+        Ok(Arc::new(compile(
+            plan,
+            &sae.set(),
+            spec.n_layers,
+            spec.d_model,
+        )?))
     }
 }
 

@@ -189,19 +189,26 @@ fn train(
     Ok(curve)
 }
 
-/// Quality on sequences; the first token of each, an attention sink, is left out.
+/// Quality on sequences, without attention sinks: the first token of each and rows of abnormal norm.
 fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<Quality> {
     let d = sae.d_model();
+    let mut data = Vec::new();
+    let tokens = c.study.model.batch_tokens;
+    harvest(&c.loaded.model, c.site, sequences, tokens, |_, x| {
+        data.extend_from_slice(&x[d.min(x.len())..]);
+        Ok(())
+    })?;
+    let rows = Rows {
+        data: &data,
+        d_model: d,
+    };
+    let kept: Vec<f32> = rows
+        .inliers(OUTLIER)
+        .iter()
+        .flat_map(|&i| &data[i as usize * d..(i as usize + 1) * d])
+        .copied()
+        .collect();
     let mut meter = QualityMeter::new(d, sae.d_sae());
-    harvest(
-        &c.loaded.model,
-        c.site,
-        sequences,
-        c.study.model.batch_tokens,
-        |_, x| {
-            meter.add_rows(sae, &x[d.min(x.len())..]);
-            Ok(())
-        },
-    )?;
+    meter.add_rows(sae, &kept);
     Ok(meter.quality())
 }

@@ -24,21 +24,38 @@ pub struct ScaledRows<'a> {
     epoch: Option<(u64, Vec<u32>)>,
 }
 
+impl Rows<'_> {
+    /// The norm of each row, `[n]`.
+    fn norms(&self) -> Vec<f32> {
+        let norm = |r: &[f32]| r.iter().map(|v| v * v).sum::<f32>().sqrt();
+        self.data
+            .par_chunks_exact(self.d_model.max(1))
+            .map(norm)
+            .collect()
+    }
+
+    /// Indices of the rows with a norm of at most `outlier` medians. The others are attention sinks:
+    /// few, of enormous norm, and in a sum of squares they outweigh all the rest.
+    pub fn inliers(&self, outlier: f32) -> Vec<u32> {
+        inliers(&self.norms(), outlier)
+    }
+}
+
+fn inliers(norms: &[f32], outlier: f32) -> Vec<u32> {
+    let mut sorted = norms.to_vec();
+    sorted.sort_unstable_by(f32::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(1.0);
+    (0..norms.len() as u32)
+        .filter(|&i| norms[i as usize] <= outlier * median)
+        .collect()
+}
+
 impl<'a> ScaledRows<'a> {
     /// Leaves out rows with a norm above `outlier` medians, and finds the scale.
     pub fn new(rows: Rows<'a>, outlier: f32, seed: u64) -> Self {
         let d = rows.d_model.max(1);
-        let norms: Vec<f32> = rows
-            .data
-            .par_chunks_exact(d)
-            .map(|r| r.iter().map(|v| v * v).sum::<f32>().sqrt())
-            .collect();
-        let mut sorted = norms.clone();
-        sorted.sort_unstable_by(f32::total_cmp);
-        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(1.0);
-        let kept: Vec<u32> = (0..norms.len() as u32)
-            .filter(|&i| norms[i as usize] <= outlier * median)
-            .collect();
+        let norms = rows.norms();
+        let kept = inliers(&norms, outlier);
         let sum: f64 = kept.iter().map(|&i| f64::from(norms[i as usize])).sum();
         let mean = sum / kept.len().max(1) as f64;
         let scale = if mean > 0.0 {
