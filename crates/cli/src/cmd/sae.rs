@@ -50,8 +50,8 @@ pub fn run(args: Args) -> Result<()> {
                 folder.display(),
                 trained.d_sae,
                 trained.k,
-                trained.chat.fvu,
-                trained.text.fvu
+                trained.chat.quality.fvu,
+                trained.text.quality.fvu
             );
             Ok(())
         }
