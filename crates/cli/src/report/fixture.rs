@@ -99,6 +99,7 @@ pub fn sample_json() -> Value {
         "sae": {
             "source": "train", "sha256": "ef56", "site": "blocks.12.hook_resid_post",
             "d_sae": 2048, "k": 32, "trained_on_tokens": 40_000, "chat": quality, "text": quality,
+            "metrics": [{ "suite": "chat", "metric": "fvu", "value": 0.12, "lo": 0.1, "hi": 0.14, "n": 24 }],
             "curve": [
                 {"step": 0, "fvu": 1.0, "loss": 2.0, "dead": 0.0, "lr": 0.001},
                 {"step": 50, "fvu": 0.4, "loss": 1.0, "dead": 0.02, "lr": 0.001},

@@ -78,7 +78,9 @@ pub struct Placed {
 }
 
 /// Distances that are tried, in pixels from the point to the label's edge.
-const RADII: [f64; 9] = [9.0, 14.0, 22.0, 34.0, 50.0, 70.0, 95.0, 130.0, 180.0];
+const RADII: [f64; 11] = [
+    9.0, 14.0, 22.0, 34.0, 50.0, 70.0, 95.0, 130.0, 180.0, 240.0, 310.0,
+];
 /// Beyond this distance a label has a line to its point.
 const NEAR: f64 = 14.0;
 const DIRECTIONS: u32 = 16;
