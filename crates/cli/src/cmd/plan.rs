@@ -18,6 +18,8 @@ enum Action {
         /// The plan, TOML or JSON.
         plan: PathBuf,
     },
+    /// Print the JSON Schema of plans.
+    Schema,
     /// Say in words what the plan does.
     Explain {
         /// The plan, TOML or JSON.
@@ -31,6 +33,7 @@ pub fn run(args: Args) -> Result<()> {
             let plan = read(&plan)?;
             println!("ok: {} ({})", plan.name, plan.sha256());
         }
+        Action::Schema => println!("{:#}", SteeringPlan::schema()),
         Action::Explain { plan } => println!("{}", explain(&read(&plan)?)),
     }
     Ok(())
