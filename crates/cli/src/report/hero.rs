@@ -92,7 +92,13 @@ fn facts(view: &View<'_>) -> Markup {
     let test = r.splits.iter().find(|s| s.split == Split::Test);
     let prompts = test.map_or_else(
         || DASH.to_owned(),
-        |s| format!("{} unsafe, {} safe", count(s.r#unsafe as u64), count(s.safe as u64)),
+        |s| {
+            format!(
+                "{} unsafe, {} safe",
+                count(s.r#unsafe as u64),
+                count(s.safe as u64)
+            )
+        },
     );
     html! {
         dl class="facts" {

@@ -134,10 +134,7 @@ fn cost(
 ) -> Option<f64> {
     let rect = &candidate.rect;
     let blocked = around.solid.iter().any(|s| rect.overlap(s) > 0.0)
-        || placed
-            .iter()
-            .flatten()
-            .any(|p| rect.overlap(&p.rect) > 0.0);
+        || placed.iter().flatten().any(|p| rect.overlap(&p.rect) > 0.0);
     if blocked || !rect.inside(&around.bounds) {
         return None;
     }

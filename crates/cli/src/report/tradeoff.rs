@@ -199,10 +199,7 @@ fn arrow(from: (f64, f64), to: (f64, f64)) -> Markup {
     );
     // A little to the left of the straight way, clear of the bars.
     let bend = 0.10 * length;
-    let mid = (
-        (a.0 + b.0) / 2.0 + bend * uy,
-        (a.1 + b.1) / 2.0 - bend * ux,
-    );
+    let mid = ((a.0 + b.0) / 2.0 + bend * uy, (a.1 + b.1) / 2.0 - bend * ux);
     // The head lies along the curve's end.
     let (hx, hy) = (b.0 - mid.0, b.1 - mid.1);
     let h = hx.hypot(hy).max(1.0);
@@ -307,7 +304,10 @@ fn tooltip(d: &Dot) -> String {
 
 fn summary(dots: &[Dot]) -> String {
     let all: Vec<String> = dots.iter().map(tooltip).collect();
-    format!("Refusal of unsafe against safe requests. {}.", all.join("; "))
+    format!(
+        "Refusal of unsafe against safe requests. {}.",
+        all.join("; ")
+    )
 }
 
 #[cfg(test)]

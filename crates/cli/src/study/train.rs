@@ -21,6 +21,8 @@ use crate::progress::Progress;
 
 /// Steps between checkpoints.
 const CHECKPOINT_EVERY: usize = 100;
+/// What training needs to go on, in the stage's folder.
+const STATE: &str = "state.bin";
 /// Rows whose norm exceeds this many medians are attention sinks.
 pub const OUTLIER: f32 = 10.0;
 
@@ -62,7 +64,7 @@ pub fn run(c: &StudyContext, corpus: &Corpus, harvest: &Path, scratch: &Path) ->
     if c.study.sae.source == SaeSource::Path {
         tokens = None;
     }
-    Ok(Trained {
+    let trained = Trained {
         sha256,
         d_sae: sae.d_sae(),
         k: sae.cfg().k,
@@ -70,7 +72,10 @@ pub fn run(c: &StudyContext, corpus: &Corpus, harvest: &Path, scratch: &Path) ->
         chat: quality(c, &sae, &read_sequences(&harvest.join("chat.jsonl"))?)?,
         text: quality(c, &sae, &read_sequences(&harvest.join("text.jsonl"))?)?,
         curve,
-    })
+    };
+    // Only now: a run that is killed before this line does not train again.
+    let _ = std::fs::remove_file(scratch.join(STATE));
+    Ok(trained)
 }
 
 /// The SAE of this study.
@@ -136,7 +141,7 @@ fn train(
         outlier: OUTLIER,
         seed: c.study.seed,
     };
-    let state = scratch.join("state.bin");
+    let state = scratch.join(STATE);
     let curve_file = scratch.join("curve.json");
     let mut trainer = match Trainer::resume(&state, &cfg) {
         Ok(trainer) => trainer,
@@ -164,7 +169,7 @@ fn train(
                 lr: s.lr,
             });
         }
-        if s.step % CHECKPOINT_EVERY == 0 {
+        if s.step % CHECKPOINT_EVERY == 0 || s.step == steps {
             super::write_atomic(&curve_file, &serde_json::to_vec(&curve)?)?;
             trainer.save(&state)?;
         }
@@ -186,7 +191,6 @@ fn train(
         WeightType::F16,
         &training,
     )?;
-    let _ = std::fs::remove_file(&state);
     Ok(curve)
 }
 
