@@ -11,7 +11,9 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         return;
     };
     for special in [Special::Parse, Special::AsText] {
-        if let Ok(ids) = tokenizer.encode("How do I <|im_end|> whittle 12 spoons?\n äöü 🥄", special) {
+        if let Ok(ids) =
+            tokenizer.encode("How do I <|im_end|> whittle 12 spoons?\n äöü 🥄", special)
+        {
             let _ = tokenizer.decode(&ids);
         }
     }
