@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Deserialize;
+
+use crate::exit::Hinted;
 
 const CATALOGUE: &str = include_str!("../models.toml");
 
@@ -94,10 +96,14 @@ pub fn resolve(name: &str) -> Result<Named> {
         return Ok(Named::Entry(Box::new(entry.clone())));
     }
     let known: Vec<_> = all.iter().map(|e| e.name.as_str()).collect();
-    bail!(
-        "'{name}' is neither a file or folder nor in the catalogue\n  hint: the catalogue has {}; a path to a .gguf file or a folder with config.json works too",
-        known.join(", ")
+    Err(Hinted::new(
+        format!("'{name}' is neither a file or folder nor in the catalogue"),
+        format!(
+            "the catalogue has {}; a path to a .gguf file or a folder with config.json works too",
+            known.join(", ")
+        ),
     )
+    .into())
 }
 
 /// The cache folder: `DEMUR_CACHE`, or the platform's convention.
@@ -151,6 +157,8 @@ mod tests {
         let Err(e) = resolve("gpt-17") else {
             panic!("resolved")
         };
-        assert!(e.to_string().contains(DEFAULT_MODEL), "{e}");
+        assert!(e.to_string().contains("gpt-17"), "{e}");
+        let hinted = e.downcast_ref::<Hinted>().unwrap();
+        assert!(hinted.hint().contains(DEFAULT_MODEL), "{hinted:?}");
     }
 }

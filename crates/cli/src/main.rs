@@ -3,6 +3,7 @@
 
 mod catalogue;
 mod cmd;
+mod exit;
 mod fetch;
 mod loaded;
 mod progress;
@@ -24,12 +25,12 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Less output: errors and results only.
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
-    /// More output: causes and settings.
+    /// More output: settings, files, and every cause of an error on a line of its own.
     #[arg(short, long, global = true)]
     verbose: bool,
-    /// Worker threads; all cores, if not given.
+    /// Worker threads; all cores, if not given. Results do not depend on it.
     #[arg(long, global = true, env = "DEMUR_THREADS", value_name = "N")]
     threads: Option<usize>,
 }
@@ -69,23 +70,21 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    progress::set_quiet(cli.quiet);
+    progress::set_level(cli.quiet, cli.verbose);
     match run(cli.command, cli.threads) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
-        Err(e) => {
-            if cli.verbose {
-                eprintln!("error: {e:?}");
-            } else {
-                eprintln!("error: {e:#}");
-            }
-            ExitCode::FAILURE
-        }
+        Err(e) => exit::report(&e, cli.verbose),
     }
 }
 
 fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
     loaded::set_threads(threads)?;
+    progress::detail(format_args!(
+        "demur {}, {}, {} threads",
+        env!("CARGO_PKG_VERSION"),
+        demur_kernels::dispatch::isa().name(),
+        demur_kernels::threads()
+    ));
     match command {
         Command::Study(args) => cmd::study::run(args),
         Command::Report(args) => cmd::report::run(args),
@@ -106,12 +105,4 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
             cmd::reference::run(args, &mut <Cli as clap::CommandFactory>::command())
         }
     }
-}
-
-/// Whether the reader of our output has gone, as in `demur models | head -1`.
-fn is_broken_pipe(e: &anyhow::Error) -> bool {
-    e.chain().any(|c| {
-        c.downcast_ref::<std::io::Error>()
-            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-    })
 }

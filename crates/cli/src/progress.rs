@@ -1,7 +1,7 @@
 //! Progress of long work: a bar on a terminal, plain lines elsewhere; rate and time left in both.
 
 use std::cell::Cell;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,17 +11,34 @@ use indicatif::{ProgressBar, ProgressStyle};
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 static QUIET: AtomicBool = AtomicBool::new(false);
+static VERBOSE: AtomicBool = AtomicBool::new(false);
 
-/// Silences progress and notes (`--quiet`).
-pub fn set_quiet(quiet: bool) {
+/// Silences progress and notes (`--quiet`), or adds details (`--verbose`).
+pub fn set_level(quiet: bool, verbose: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
+    VERBOSE.store(verbose, Ordering::Relaxed);
 }
 
 /// A line on standard error, unless quiet.
 pub fn note(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::Relaxed) {
-        eprintln!("{text}");
+        // Nobody may be there to read it; the work goes on.
+        let _ = writeln!(std::io::stderr(), "{text}");
     }
+}
+
+/// A line on standard error, if verbose.
+pub fn detail(text: impl std::fmt::Display) {
+    if VERBOSE.load(Ordering::Relaxed) {
+        note(text);
+    }
+}
+
+/// A line of the result, on standard output. Fails when its reader has gone, where `println!` would
+/// panic.
+pub fn say(text: impl std::fmt::Display) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{text}")?;
+    Ok(())
 }
 
 /// One piece of long work.

@@ -4,7 +4,7 @@
 //! reads what is there, drops a torn last line, and asks only for the rest. Since a reply does not
 //! depend on its batch, an interrupted run ends with the same replies as an uninterrupted one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -63,7 +63,8 @@ pub struct Reply {
 /// Runs `arms`, reading and appending `log`. Replies come in the order of arms and items.
 ///
 /// # Errors
-/// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, or what the model refuses.
+/// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, [`EvalError::Twice`], or what
+/// the model refuses.
 pub fn run(
     engine: &mut Engine<'_>,
     arms: &[Arm<'_>],
@@ -76,6 +77,17 @@ pub fn run(
         path: log.display().to_string(),
         source,
     };
+    let mut names = HashSet::new();
+    if let Some(id) = arms
+        .iter()
+        .flat_map(|arm| arm.items.iter().map(|i| (arm.name, i.id.as_str())))
+        .find(|key| !names.insert(*key))
+    {
+        return Err(EvalError::Twice {
+            arm: id.0.to_owned(),
+            id: id.1.to_owned(),
+        });
+    }
     let (mut file, done) = resume(log)?;
     let mut replies: HashMap<(String, String), Reply> = done
         .into_iter()
@@ -114,8 +126,9 @@ pub fn run(
             audit: output.audit.clone(),
         };
         let line = serde_json::to_string(&reply).unwrap_or_default() + "\n";
-        if let Err(e) = file.write_all(line.as_bytes()) {
-            failed.get_or_insert(e);
+        // After a line that could not be written no other may follow: it would be torn, and not last.
+        if failed.is_none() {
+            failed = file.write_all(line.as_bytes()).err();
         }
         on_reply(&reply);
         replies.insert(asked[at].clone(), reply);

@@ -30,6 +30,28 @@ pub enum EvalError {
         /// The limit.
         limit: u64,
     },
+    /// Two replies would have the same place.
+    #[error(
+        "prompt '{id}' is there twice for the arm '{arm}': names of arms and ids must be unique"
+    )]
+    Twice {
+        /// The arm.
+        arm: String,
+        /// The prompt.
+        id: String,
+    },
+    /// Two splits share a prompt.
+    #[error(
+        "{path}: prompts '{first}' and '{second}' are the same text in two splits; no prompt may be in two"
+    )]
+    TwoSplits {
+        /// The file.
+        path: String,
+        /// The one prompt's id.
+        first: String,
+        /// The other's.
+        second: String,
+    },
     /// A record is not one.
     #[error("{path}: not a record: {reason}")]
     Record {

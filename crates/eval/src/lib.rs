@@ -7,6 +7,7 @@
 
 pub mod arms;
 mod error;
+pub mod files;
 pub mod judge;
 pub mod prompts;
 pub mod record;

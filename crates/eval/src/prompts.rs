@@ -4,14 +4,14 @@
 //! `category`, `split`, `pair`. Labels `safe`/`unsafe` and `harmless`/`harmful` mean the same. Other
 //! keys are ignored: public data sets carry many.
 
-use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::collections::{HashMap, HashSet};
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::EvalError;
+use crate::files::{Lines, open};
 
 /// Largest file, unpacked.
 const MAX_BYTES: u64 = 1 << 30;
@@ -106,34 +106,53 @@ pub fn shipped_passages() -> Result<Vec<Passage>, EvalError> {
     parse("passages.jsonl", PASSAGES.as_bytes(), |p: &Passage| &p.id)
 }
 
-/// Reads a file of prompts, `.jsonl` or `.jsonl.gz`.
+/// Reads a file of prompts, `.jsonl` or `.jsonl.gz`, and checks that no prompt is in two splits.
 ///
 /// # Errors
-/// [`EvalError::Line`] naming the line, [`EvalError::Io`], [`EvalError::TooLarge`].
+/// [`EvalError::Line`] naming the line, [`EvalError::Io`], [`EvalError::TooLarge`],
+/// [`EvalError::TwoSplits`].
 pub fn read(path: &Path) -> Result<Vec<Prompt>, EvalError> {
-    parse(&path.display().to_string(), open(path)?, |p: &Prompt| &p.id)
+    let place = path.display().to_string();
+    let rows = parse(&place, open(path)?, |p: &Prompt| &p.id)?;
+    disjoint(&place, &rows)?;
+    Ok(rows)
 }
 
-/// Opens a file, unpacking `.gz`.
+/// Checks that no text, but for case, white space and the mark at its end, is in two splits, or
+/// under two labels.
 ///
 /// # Errors
-/// [`EvalError::Io`].
-pub fn open(path: &Path) -> Result<Box<dyn Read>, EvalError> {
-    let file = File::open(path).map_err(|source| EvalError::Io {
-        path: path.display().to_string(),
-        source,
-    })?;
-    Ok(if path.extension().is_some_and(|e| e == "gz") {
-        Box::new(flate2::read::MultiGzDecoder::new(file))
-    } else {
-        Box::new(file)
-    })
+/// [`EvalError::TwoSplits`] naming both prompts.
+pub fn disjoint<'a>(
+    place: &str,
+    prompts: impl IntoIterator<Item = &'a Prompt>,
+) -> Result<(), EvalError> {
+    let mut seen: HashMap<String, &Prompt> = HashMap::new();
+    for p in prompts.into_iter().filter(|p| p.split.is_some()) {
+        let words: Vec<&str> = p.prompt.split_whitespace().collect();
+        let text = words.join(" ").to_lowercase();
+        let text = text.trim_end_matches(['.', '!', '?', ' ']).to_owned();
+        match seen.get(&text) {
+            Some(other) if (other.split, other.label) != (p.split, p.label) => {
+                return Err(EvalError::TwoSplits {
+                    path: place.to_owned(),
+                    first: other.id.clone(),
+                    second: p.id.clone(),
+                });
+            }
+            Some(_) => {}
+            None => {
+                seen.insert(text, p);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Parses JSONL; `id` gives a row's id, which must be unique.
 ///
 /// # Errors
-/// As [`read`].
+/// [`EvalError::Line`] naming the line, [`EvalError::Io`], [`EvalError::TooLarge`].
 pub fn parse<T: for<'a> Deserialize<'a>>(
     path: &str,
     bytes: impl Read,
@@ -141,41 +160,15 @@ pub fn parse<T: for<'a> Deserialize<'a>>(
 ) -> Result<Vec<T>, EvalError> {
     let mut rows = Vec::new();
     let mut ids = HashSet::new();
-    let mut reader = BufReader::new(bytes.take(MAX_BYTES + 1));
-    let (mut text, mut line, mut total) = (Vec::new(), 0, 0u64);
-    loop {
-        text.clear();
-        let n = reader
-            .read_until(b'\n', &mut text)
-            .map_err(|source| EvalError::Io {
-                path: path.to_owned(),
-                source,
-            })?;
-        if n == 0 {
-            return Ok(rows);
-        }
-        line += 1;
-        total += n as u64;
-        if total > MAX_BYTES {
-            return Err(EvalError::TooLarge {
-                path: path.to_owned(),
-                limit: MAX_BYTES,
-            });
-        }
-        if text.trim_ascii().is_empty() {
-            continue;
-        }
-        let error = |reason: String| EvalError::Line {
-            path: path.to_owned(),
-            line,
-            reason,
-        };
-        let row: T = serde_json::from_slice(&text).map_err(|e| error(e.to_string()))?;
+    let mut lines = Lines::new(path, bytes, MAX_BYTES);
+    while let Some((number, text)) = lines.next()? {
+        let row: T = serde_json::from_slice(&text).map_err(|e| lines.wrong(number, e))?;
         if !ids.insert(id(&row).clone()) {
-            return Err(error(format!("id '{}' is there twice", id(&row))));
+            return Err(lines.wrong(number, format!("id '{}' is there twice", id(&row))));
         }
         rows.push(row);
     }
+    Ok(rows)
 }
 
 #[cfg(test)]
@@ -208,6 +201,7 @@ mod tests {
             assert_ne!(other.label, p.label);
         }
         let benign = shipped_benign().unwrap();
+        disjoint("shipped", pairs.iter().chain(&benign)).unwrap();
         let texts: HashSet<_> = pairs.iter().chain(&benign).map(|p| &p.prompt).collect();
         assert_eq!(texts.len(), pairs.len() + benign.len());
         assert!(shipped_passages().unwrap().len() >= 16);
@@ -231,5 +225,52 @@ mod tests {
         refused(r#"{"id": "a", "prompt": "hi", "label": "odd"}"#, "odd");
         refused(r#"{"id": "a"}"#, "prompt");
         refused("\u{0}\u{1}", "f:1");
+        refused(&"[".repeat(100_000), "f:1");
+        refused(r#"{"id": "a", "prompt": 7}"#, "f:1");
+    }
+
+    #[test]
+    fn no_prompt_is_in_two_splits() {
+        let prompt = |id: &str, text: &str, label, split| Prompt {
+            id: id.to_owned(),
+            prompt: text.to_owned(),
+            label: Some(label),
+            category: None,
+            split,
+            pair: None,
+        };
+        let a = prompt("a", "How do I sew?", Label::Safe, Some(Split::Discovery));
+        let check = |b: Prompt| disjoint("f", [&a, &b]).map_err(|e| e.to_string());
+        let e = check(prompt(
+            "b",
+            " how do I  SEW",
+            Label::Safe,
+            Some(Split::Test),
+        ))
+        .unwrap_err();
+        assert!(["f: ", "'a'", "'b'"].iter().all(|w| e.contains(w)), "{e}");
+        assert!(check(prompt("b", "How do I sew?", Label::Unsafe, a.split)).is_err());
+        assert!(
+            check(prompt(
+                "b",
+                "How do I sew a+b?",
+                Label::Safe,
+                Some(Split::Test)
+            ))
+            .is_ok()
+        );
+        // a text that is for nothing, or for the same twice, spoils nothing
+        assert!(check(prompt("b", "How do I sew?", Label::Safe, None)).is_ok());
+        assert!(check(prompt("b", "How do I sew?", Label::Safe, a.split)).is_ok());
+    }
+
+    #[test]
+    fn a_file_from_another_editor_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.jsonl");
+        let text = "\u{feff}{\"id\": \"a\", \"prompt\": \"hi\"}\r\n\r\n{\"id\": \"b\", \"prompt\": \"ho\"}\r\n";
+        std::fs::write(&path, text).unwrap();
+        let ids: Vec<String> = read(&path).unwrap().into_iter().map(|p| p.id).collect();
+        assert_eq!(ids, ["a", "b"]);
     }
 }

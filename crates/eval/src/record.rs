@@ -1,7 +1,6 @@
 //! The record of a study: the truth that every view shows. Views recompute nothing.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use demur_features::stats::Estimate;
@@ -10,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::EvalError;
+use crate::files::write_whole;
 use crate::judge::Verdict;
 use crate::prompts::{Label, Split};
 
@@ -43,6 +43,12 @@ pub struct Record {
     pub categories: Vec<CategoryCount>,
     pub replies: Vec<ReplyRow>,
     pub verdict: VerdictText,
+}
+
+/// What every version of the layout has.
+#[derive(Deserialize)]
+struct Version {
+    schema: u32,
 }
 
 /// A stage's time.
@@ -101,6 +107,8 @@ pub struct SaeFacts {
     pub chat: Option<demur_sae::metrics::Quality>,
     /// On held-out text.
     pub text: Option<demur_sae::metrics::Quality>,
+    /// `fvu` and `l0` on the suites `chat` and `text`, with intervals over sequences.
+    pub metrics: Vec<Metric>,
     /// The training curve, if this study trained it.
     pub curve: Vec<CurvePoint>,
 }
@@ -262,13 +270,13 @@ impl ArmResult {
 }
 
 impl Record {
-    /// All figures as rows.
+    /// All figures as rows; the SAE's own are those of its passthrough.
     pub fn rows(&self) -> Vec<Row<'_>> {
-        self.arms
-            .iter()
-            .flat_map(|arm| {
-                arm.metrics.iter().map(move |m| Row {
-                    arm: &arm.arm,
+        let arms = self.arms.iter().map(|a| (a.arm.as_str(), &a.metrics));
+        arms.chain([("sae_passthrough", &self.sae.metrics)])
+            .flat_map(|(arm, metrics)| {
+                metrics.iter().map(move |m| Row {
+                    arm,
                     suite: &m.suite,
                     metric: &m.metric,
                     value: m.estimate.value,
@@ -290,18 +298,17 @@ impl Record {
             path: place.clone(),
             source,
         })?;
-        let record: Self = serde_json::from_slice(&bytes).map_err(|e| EvalError::Record {
+        let wrong = |reason: String| EvalError::Record {
             path: place.clone(),
-            reason: e.to_string(),
-        })?;
-        if record.schema != SCHEMA {
-            let reason = format!("schema {}; this build reads {SCHEMA}", record.schema);
-            return Err(EvalError::Record {
-                path: place,
-                reason,
-            });
+            reason,
+        };
+        // The version first: a record of another one may lack what this one needs.
+        let version: Version = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        if version.schema != SCHEMA {
+            let reason = format!("schema {}; this build reads {SCHEMA}", version.schema);
+            return Err(wrong(reason));
         }
-        Ok(record)
+        serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))
     }
 
     /// Writes the record, whole or not at all.
@@ -309,20 +316,11 @@ impl Record {
     /// # Errors
     /// [`EvalError::Io`].
     pub fn write(&self, path: &Path) -> Result<(), EvalError> {
-        let io = |source| EvalError::Io {
-            path: path.display().to_string(),
-            source,
-        };
         let bytes = serde_json::to_vec_pretty(self).map_err(|e| EvalError::Record {
             path: path.display().to_string(),
             reason: e.to_string(),
         })?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-        file.write_all(&bytes).map_err(io)?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(path).map_err(|e| io(e.error))?;
-        Ok(())
+        write_whole(path, &bytes)
     }
 }
 

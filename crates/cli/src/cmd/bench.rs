@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
+use crate::progress::say;
 use crate::study::config::Precision;
 
 #[derive(Debug, clap::Args)]
@@ -119,12 +120,12 @@ pub fn run(args: Args) -> Result<()> {
         for (key, value) in figures {
             object[key] = json!(value);
         }
-        println!("{object}");
+        say(object)?;
     } else {
         for (key, value) in figures {
-            println!("{key:<16} {value:>9.1}");
+            say(format_args!("{key:<16} {value:>9.1}"))?;
         }
-        println!("threads {threads}, {isa}");
+        say(format_args!("threads {threads}, {isa}"))?;
     }
     Ok(())
 }

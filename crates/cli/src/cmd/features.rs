@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
-use demur_eval::record::Record;
+use anyhow::{Result, bail};
 use demur_features::table::Feature;
+
+use crate::cmd::report::read_record;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -20,12 +21,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let path = if args.run.is_dir() {
-        args.run.join("record.json")
-    } else {
-        args.run
-    };
-    let record = Record::read(&path).context("hint: run `demur study` first")?;
+    let (_, record) = read_record(&args.run)?;
     let features = &record.discovery.features;
     let mut out = std::io::stdout().lock();
     if let Some(latent) = args.latent {

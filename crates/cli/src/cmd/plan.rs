@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use demur_steering::{SteeringPlan, explain};
 
+use crate::progress::say;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -31,12 +33,11 @@ pub fn run(args: Args) -> Result<()> {
     match args.action {
         Action::Check { plan } => {
             let plan = read(&plan)?;
-            println!("ok: {} ({})", plan.name, plan.sha256());
+            say(format_args!("ok: {} ({})", plan.name, plan.sha256()))
         }
-        Action::Schema => println!("{:#}", SteeringPlan::schema()),
-        Action::Explain { plan } => println!("{}", explain(&read(&plan)?)),
+        Action::Schema => say(format_args!("{:#}", SteeringPlan::schema())),
+        Action::Explain { plan } => say(explain(&read(&plan)?)),
     }
-    Ok(())
 }
 
 /// Reads a plan, by its extension: `.json`, or TOML.

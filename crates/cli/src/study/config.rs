@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use demur_model::hooks::Site;
 
 use crate::catalogue::DEFAULT_MODEL;
+use crate::exit::Hinted;
 
 /// Studies that are built in, by name.
 pub const BUILT_IN: [(&str, &str); 3] = [
@@ -402,9 +403,12 @@ impl Study {
             None => {
                 let names: Vec<_> = BUILT_IN.iter().map(|b| b.0).collect();
                 let text = std::fs::read_to_string(path).with_context(|| {
-                    format!(
-                        "can't read the study '{name_or_path}'\n  hint: give a TOML file, or a built-in study: {}",
-                        names.join(", ")
+                    Hinted::new(
+                        format!("can't read the study '{name_or_path}'"),
+                        format!(
+                            "give a TOML file, or a built-in study: {}",
+                            names.join(", ")
+                        ),
                     )
                 })?;
                 (text, path.parent().unwrap_or(Path::new("")).to_owned())
@@ -478,6 +482,10 @@ impl Study {
         if self.discovery.methods.is_empty() {
             bail!("discovery.methods: give at least one");
         }
+        only_once("tune.values", &self.tune.values)?;
+        only_once("tune.set_sizes", &self.tune.set_sizes)?;
+        only_once("discovery.methods", &self.discovery.methods)?;
+        only_once("evaluate.arms", &self.evaluate.arms)?;
         if self.evaluate.arms.first() != Some(&Arm::Base) {
             bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
         }
@@ -490,6 +498,14 @@ impl Study {
             .site
             .parse()
             .with_context(|| format!("sae.site = '{}'", self.sae.site))
+    }
+}
+
+/// Refuses a list in which an entry comes twice: it would be run twice under one name.
+fn only_once<T: PartialEq + Serialize>(key: &str, list: &[T]) -> Result<()> {
+    match (1..list.len()).find(|&i| list[..i].contains(&list[i])) {
+        Some(i) => bail!("{key}: {} is there twice", serde_json::to_string(&list[i])?),
+        None => Ok(()),
     }
 }
 

@@ -5,11 +5,12 @@
 //! their rows written to `activations.f32`.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::arms::{self, Arm, Item};
+use demur_eval::files::{self, Lines};
 use demur_eval::prompts::{self, Prompt, Split};
 use demur_features::FeatureError;
 use demur_features::harvest::{Sequence, harvest};
@@ -182,6 +183,7 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
     }
     let bar = Progress::new("on-policy", "chats", n as u64);
     bar.advance((n - asked.len()) as u64);
+    let mut failed = None;
     c.engine().run(requests, |at, output| {
         let (i, source) = asked[at].clone();
         let s = Sequence {
@@ -193,13 +195,17 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
             tokens: s.tokens.clone(),
             roles: s.roles.clone(),
         };
-        if let Ok(text) = serde_json::to_string(&line) {
-            // A line that can't be written is only asked for again.
-            let _ = writeln!(file, "{text}").and_then(|()| file.flush());
+        let text = serde_json::to_string(&line).unwrap_or_default();
+        // After a line that could not be written no other may follow: it would be torn, and not last.
+        if failed.is_none() {
+            failed = writeln!(file, "{text}").and_then(|()| file.flush()).err();
         }
         sequences[i] = Some(s);
         bar.advance(1);
     })?;
+    if let Some(e) = failed {
+        return Err(e).with_context(|| format!("write {}", log.display()));
+    }
     bar.finish();
     Ok(sequences.into_iter().flatten().collect())
 }
@@ -216,17 +222,13 @@ fn read_file(
         text: Option<String>,
         messages: Option<Vec<Message>>,
     }
-    for (i, line) in BufReader::new(prompts::open(file)?).lines().enumerate() {
-        if *total >= c.study.corpus.max_tokens {
-            break;
-        }
-        let place = || format!("{}:{}", file.display(), i + 1);
-        let line = line.with_context(place)?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let row: Row = serde_json::from_str(&line).with_context(place)?;
-        let source = place();
+    let name = file.display().to_string();
+    let mut lines = Lines::new(&name, files::open(file)?, u64::MAX);
+    while *total < c.study.corpus.max_tokens
+        && let Some((number, line)) = lines.next()?
+    {
+        let row: Row = serde_json::from_slice(&line).map_err(|e| lines.wrong(number, e))?;
+        let source = format!("{name}:{number}");
         let mut s = match (row.text, row.messages) {
             (Some(text), _) => text_sequence(c, &source, &text)?,
             (None, Some(messages)) => {
@@ -315,19 +317,24 @@ pub fn read_sequences(path: &Path) -> Result<Vec<Sequence>> {
 
 /// Whole lines; a torn last one, of a killed run, is left out and cut off.
 fn read_lines(path: &Path) -> Result<Vec<Line>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    let whole = text.rfind('\n').map_or(0, |at| at + 1);
+    // Bytes: a torn line may end within a character.
+    let text = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    let whole = text
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .map_or(0, |at| at + 1);
     if whole < text.len() {
         File::options()
             .write(true)
             .open(path)?
             .set_len(whole as u64)?;
     }
-    text[..whole]
-        .lines()
+    text[..whole.saturating_sub(1)]
+        .split(|b| *b == b'\n')
+        .filter(|l| !l.is_empty())
         .enumerate()
         .map(|(i, l)| {
-            serde_json::from_str(l).with_context(|| format!("{}:{}", path.display(), i + 1))
+            serde_json::from_slice(l).with_context(|| format!("{}:{}", path.display(), i + 1))
         })
         .collect()
 }

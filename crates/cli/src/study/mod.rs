@@ -32,8 +32,9 @@ use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, absolute, com
 
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
-use crate::progress::note;
+use crate::progress::{note, say};
 use config::{SaeSource, Study};
+use run::stamp;
 pub use run::{STAGES, write_atomic};
 
 /// The name that plans of a study give its SAE.
@@ -142,29 +143,41 @@ pub fn shipped_sae() -> Result<(Sae, String)> {
 }
 
 fn pull(run: &mut run::Run, study: Study) -> Result<(String, StudyContext)> {
-    let pulled: Pulled = run.stage("pull", &study.model.name, |_| {
-        let path = fetch::model_path(&study.model.name, Source::Any)?;
+    let name = &study.model.name;
+    let pulled: Pulled = run.stage("pull", &(name, stamp(Path::new(name))), |_| {
+        let path = fetch::model_path(name, Source::Any)?;
         let checkpoint = demur_model::checkpoint::Checkpoint::open(&path)?;
         Ok(Pulled {
             sha256: checkpoint.sha256(),
             path,
         })
     })?;
-    Ok((pulled.sha256, StudyContext::new(study, &pulled.path)?))
+    // The cache may have moved since.
+    let path = fetch::model_path(name, Source::Any)?;
+    Ok((pulled.sha256, StudyContext::new(study, &path)?))
 }
 
 fn corpus_and_sae(run: &mut run::Run, c: &StudyContext) -> Result<train::Trained> {
+    let s = &c.study;
+    // A file's content is an input as much as its name: its prompts are part of the corpus.
+    let files: Vec<_> = s.corpus.files.iter().chain(&s.prompts.file).collect();
+    let stamps: Vec<_> = files.iter().map(|f| stamp(f)).collect();
     let corpus = run.stage(
         "harvest",
-        &(&c.study.corpus, &c.study.model, &c.study.sae, c.study.seed),
+        &(
+            (&s.corpus, &s.model, &s.sae, s.seed),
+            (files, stamps, &s.prompts.system),
+        ),
         |scratch| corpus::run(c, scratch),
     )?;
     let harvest = run.dir.join("harvest");
-    run.stage(
-        "train",
-        &(&c.study.sae, &c.study.train, c.study.seed),
-        |scratch| train::run(c, &corpus, &harvest, scratch),
-    )
+    let sae_files = match s.sae.source {
+        SaeSource::Path => stamp(Path::new(&s.sae.name)),
+        SaeSource::Train | SaeSource::Shipped => Vec::new(),
+    };
+    run.stage("train", &(&s.sae, &s.train, s.seed, sae_files), |scratch| {
+        train::run(c, &corpus, &harvest, scratch)
+    })
 }
 
 /// What `pull` leaves.
@@ -186,7 +199,7 @@ impl StudyContext {
                 .unwrap_or_default()
         });
         let prompts = match &study.prompts.file {
-            Some(file) => prompts::read(file)?,
+            Some(file) => own_prompts(file)?,
             None => prompts::shipped_pairs()?,
         };
         let context = Self {
@@ -264,6 +277,26 @@ impl StudyContext {
     }
 }
 
+/// A user's prompts: none is one of those that the SAE is trained or that a clamp is priced on.
+fn own_prompts(file: &Path) -> Result<Vec<Prompt>> {
+    let own = prompts::read(file)?;
+    let benign = prompts::shipped_benign()?;
+    prompts::disjoint(&file.display().to_string(), own.iter().chain(&benign))?;
+    let unused = own
+        .iter()
+        .filter(|p| p.label.is_none() || p.split.is_none());
+    let n = unused.count();
+    if n > 0 {
+        note(format_args!(
+            "{:<12} {n} of {} in {} have no label or no split and are not used",
+            "prompts",
+            own.len(),
+            file.display()
+        ));
+    }
+    Ok(own)
+}
+
 /// A prompt followed by a reply, as one sequence.
 pub fn with_reply(item: &Item, reply: &[u32]) -> Sequence {
     use demur_model::hooks::Role;
@@ -280,29 +313,39 @@ pub fn with_reply(item: &Item, reply: &[u32]) -> Sequence {
 }
 
 /// Prints what a study would do.
-pub fn dry_run(study: &Study, runs: &Path) {
+pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
     let sae = match study.sae.source {
         SaeSource::Shipped => format!("load the shipped SAE '{}'", study.sae.name),
         SaeSource::Path => format!("load the SAE in {}", study.sae.name),
         SaeSource::Train => format!("train a TopK SAE, k = {}", study.train.k),
     };
-    println!("study      {} (seed {})", study.name, study.seed);
-    println!("run folder {}", runs.join(&study.name).display());
-    println!("pull       {}", study.model.name);
-    println!("harvest    {}", study.sae.site);
-    println!("train      {sae}");
-    println!(
-        "discover   {:?}, short list of {}",
-        study.discovery.methods, study.discovery.candidates
-    );
-    println!(
-        "tune       values {:?}, sets of {:?}",
-        study.tune.values, study.tune.set_sizes
-    );
     let arms: Vec<_> = study.evaluate.arms.iter().map(|a| a.name()).collect();
-    println!("evaluate   {}", arms.join(", "));
-    println!(
-        "report     {}",
-        runs.join(&study.name).join("report.html").display()
-    );
+    let folder = runs.join(&study.name);
+    let lines = [
+        ("study", format!("{} (seed {})", study.name, study.seed)),
+        ("run folder", folder.display().to_string()),
+        ("pull", study.model.name.clone()),
+        ("harvest", study.sae.site.clone()),
+        ("train", sae),
+        (
+            "discover",
+            format!(
+                "{:?}, short list of {}",
+                study.discovery.methods, study.discovery.candidates
+            ),
+        ),
+        (
+            "tune",
+            format!(
+                "values {:?}, sets of {:?}",
+                study.tune.values, study.tune.set_sizes
+            ),
+        ),
+        ("evaluate", arms.join(", ")),
+        ("report", folder.join("report.html").display().to_string()),
+    ];
+    for (what, how) in lines {
+        say(format_args!("{what:<10} {how}"))?;
+    }
+    Ok(())
 }

@@ -4,16 +4,21 @@
 //! the part of the config that it reads, the output of the stage before, and the stage's version.
 //! A stage whose file has the right hash is not run again; change what it depends on, and it and
 //! all after it are.
+//!
+//! One process works in a folder at a time (`.lock`). So what a killed one left behind under a
+//! temporary name is nobody's, and is swept away when the folder is opened.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use demur_eval::files::write_whole;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::exit::Hinted;
 use crate::fetch::hex;
 use crate::progress::note;
 
@@ -22,8 +27,13 @@ pub const STAGES: [&str; 7] = [
     "pull", "harvest", "train", "discover", "tune", "evaluate", "report",
 ];
 
-/// Raised when a stage's output changes for the same input.
-const STAGE_VERSION: u32 = 1;
+/// Raised when a stage's output changes for the same input within a version of demur.
+const STAGE_VERSION: u32 = 2;
+
+/// The file that a process locks while it works in the folder.
+const LOCK: &str = ".lock";
+/// How files and folders are called until they are whole.
+const UNFINISHED: [&str; 2] = [".tmp", ".sae-"];
 
 /// What a stage's file holds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,17 +53,24 @@ pub struct Run {
     chain: String,
     /// Name, seconds and whether it was cached, for the record.
     pub stages: Vec<(&'static str, f64, bool)>,
+    /// Held as long as the run.
+    _lock: File,
 }
 
 impl Run {
     /// Opens `dir`, creating it; stages from index `from` on are run anew.
+    ///
+    /// Fails if another process works in it.
     pub fn open(dir: PathBuf, from: Option<usize>) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        let lock = lock(&dir)?;
+        sweep(&dir).with_context(|| format!("tidy {}", dir.display()))?;
         Ok(Self {
             dir,
             from,
             chain: String::new(),
             stages: Vec::new(),
+            _lock: lock,
         })
     }
 
@@ -71,43 +88,128 @@ impl Run {
             .iter()
             .position(|s| *s == name)
             .unwrap_or(STAGES.len());
-        let inputs_sha256 = hash(&(STAGE_VERSION, name, &self.chain, inputs))?;
+        let version = (env!("CARGO_PKG_VERSION"), STAGE_VERSION);
+        let inputs_sha256 = hash(&(version, name, &self.chain, inputs))?;
         let file = self.dir.join(format!("{name}.json"));
         let scratch = self.dir.join(name);
         let marker = scratch.join("inputs.sha256");
         let same_scratch = fs::read_to_string(&marker).is_ok_and(|s| s == inputs_sha256);
         let redo = self.from.is_some_and(|from| index >= from);
-        if !redo && let Some(done) = read_stage::<T>(&file, &inputs_sha256) {
+        // What later stages need of this one may lie in its folder: without it, it is not done.
+        if !redo
+            && same_scratch
+            && let Some(done) = read_stage::<T>(&file, &inputs_sha256)
+        {
             note(format_args!("{name:<12} done before"));
             self.chain = hash(&(&inputs_sha256, &done.output))?;
             self.stages.push((name, done.wall_s, true));
             return Ok(done.output);
         }
         if !same_scratch || (redo && file.exists()) {
-            if scratch.exists() {
-                fs::remove_dir_all(&scratch)
-                    .with_context(|| format!("clear {}", scratch.display()))?;
-            }
-            let _ = fs::remove_file(&file);
+            // The file first: while it is there, the folder counts as whole. The marker last: while
+            // it is there, what else is in the folder counts as this stage's.
+            remove(&file, |f| fs::remove_file(f))?;
+            remove(&marker, |f| fs::remove_file(f))?;
+            remove(&scratch, |f| fs::remove_dir_all(f))?;
             fs::create_dir_all(&scratch)
                 .with_context(|| format!("create {}", scratch.display()))?;
             write_atomic(&marker, inputs_sha256.as_bytes())?;
         }
         let started = Instant::now();
         let output = work(&scratch).with_context(|| format!("stage '{name}'"))?;
-        let wall_s = started.elapsed().as_secs_f64();
         let stage = StageFile {
             inputs_sha256,
-            wall_s,
+            wall_s: started.elapsed().as_secs_f64(),
             output,
         };
-        write_atomic(&file, &serde_json::to_vec_pretty(&stage)?)?;
-        // From the file, so that a resumed run continues from the very same numbers.
-        let stage: StageFile<T> = serde_json::from_slice(&fs::read(&file)?)?;
+        let bytes = serde_json::to_vec_pretty(&stage)?;
+        // From the bytes, so that a resumed run continues from the very same numbers.
+        let stage: StageFile<T> = serde_json::from_slice(&bytes).with_context(|| {
+            format!("stage '{name}' ended with a figure that is not a finite number")
+        })?;
+        write_atomic(&file, &bytes)?;
         self.chain = hash(&(&stage.inputs_sha256, &stage.output))?;
-        self.stages.push((name, wall_s, false));
+        self.stages.push((name, stage.wall_s, false));
         Ok(stage.output)
     }
+}
+
+/// Locks a run's folder for this process; the system lets go of it when the process ends, however
+/// it ends.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Hinted::new(
+            format!("another demur is at work in {}", dir.display()),
+            "wait until it has ended, or give this run a folder of its own with --runs DIR",
+        )
+        .into()),
+        // Some network file systems have no locks; a study is not refused for that.
+        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("lock {}", path.display())),
+    }
+}
+
+/// Removes what a killed process left unfinished, in the run's folder and in those of its stages.
+fn sweep(dir: &Path) -> Result<()> {
+    let stages = STAGES.iter().map(|s| dir.join(s)).filter(|d| d.is_dir());
+    for folder in std::iter::once(dir.to_owned()).chain(stages) {
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if !UNFINISHED
+                .iter()
+                .any(|u| name.to_string_lossy().starts_with(u))
+            {
+                continue;
+            }
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir_all(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes what may be absent.
+fn remove(path: &Path, how: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
+    match how(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What tells whether a file, or any file of a folder, has changed: names, sizes and times. Empty
+/// for what is not there.
+pub fn stamp(path: &Path) -> Vec<(String, u64, u128)> {
+    let of = |path: &Path| {
+        let meta = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+        let modified = meta.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        let name = path.file_name().unwrap_or_default();
+        Some((
+            name.to_string_lossy().into_owned(),
+            meta.len(),
+            modified.as_nanos(),
+        ))
+    };
+    if path.is_dir() {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        let mut stamps: Vec<_> = entries.filter_map(|e| of(&e.path())).collect();
+        stamps.sort();
+        return stamps;
+    }
+    of(path).into_iter().collect()
 }
 
 fn read_stage<T: DeserializeOwned>(file: &Path, inputs: &str) -> Option<StageFile<T>> {
@@ -121,16 +223,7 @@ fn hash(value: &impl Serialize) -> Result<String> {
 
 /// Writes to a temporary file in the same folder, syncs, renames: whole or not at all.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)
-        .with_context(|| format!("write into {}", folder.display()))?;
-    file.write_all(bytes)
-        .with_context(|| format!("write {}", path.display()))?;
-    file.as_file().sync_all()?;
-    file.persist(path)
-        .with_context(|| format!("write {}", path.display()))?;
-    Ok(())
+    Ok(write_whole(path, bytes)?)
 }
 
 #[cfg(test)]
@@ -172,6 +265,66 @@ mod tests {
         run(dir.path(), None, 1, &mut ran);
         run(dir.path(), Some(1), 1, &mut ran);
         assert_eq!(ran, ["pull", "harvest", "harvest"]);
+    }
+
+    #[test]
+    fn one_process_a_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Run::open(dir.path().to_owned(), None).unwrap();
+        let Err(e) = Run::open(dir.path().to_owned(), None) else {
+            panic!("two at work in one folder");
+        };
+        assert!(e.to_string().contains(&*dir.path().to_string_lossy()));
+        drop(first);
+        assert!(Run::open(dir.path().to_owned(), None).is_ok());
+    }
+
+    #[test]
+    fn what_was_left_unfinished_is_swept_and_the_rest_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ran = Vec::new();
+        run(dir.path(), None, 1, &mut ran);
+        let train = dir.path().join("train");
+        fs::create_dir_all(train.join(".sae-old-7")).unwrap();
+        fs::create_dir_all(train.join("sae")).unwrap();
+        fs::write(train.join(".sae-old-7").join("cfg.json"), "{}").unwrap();
+        fs::write(dir.path().join(".tmpAbC123"), "half").unwrap();
+        fs::write(dir.path().join("notes.txt"), "mine").unwrap();
+        run(dir.path(), None, 1, &mut ran);
+        assert!(!train.join(".sae-old-7").exists() && !dir.path().join(".tmpAbC123").exists());
+        assert!(train.join("sae").is_dir() && dir.path().join("notes.txt").is_file());
+        assert_eq!(ran, ["pull", "harvest"]);
+    }
+
+    #[test]
+    fn a_stage_without_its_folder_is_not_done() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ran = Vec::new();
+        run(dir.path(), None, 1, &mut ran);
+        fs::remove_dir_all(dir.path().join("pull")).unwrap();
+        run(dir.path(), None, 1, &mut ran);
+        assert_eq!(ran, ["pull", "harvest", "pull"]);
+    }
+
+    #[test]
+    fn a_figure_that_is_no_number_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut run = Run::open(dir.path().to_owned(), None).unwrap();
+        let e = run.stage("pull", &(), |_| Ok(f64::NAN)).unwrap_err();
+        assert!(e.to_string().contains("'pull'"), "{e}");
+        assert!(!dir.path().join("pull.json").exists());
+    }
+
+    #[test]
+    fn a_stamp_changes_with_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("prompts.jsonl");
+        assert_eq!(stamp(&file), []);
+        fs::write(&file, "a").unwrap();
+        let (one, folder) = (stamp(&file), stamp(dir.path()));
+        assert_eq!(one, folder);
+        fs::write(&file, "ab").unwrap();
+        assert_ne!(stamp(&file), one);
     }
 
     #[test]
