@@ -49,7 +49,6 @@ fn forward(model: &Model) {
         generated: false,
         cache: &mut cache,
         hook: None,
-        state: None,
         hook_sites: &[],
         logits: LogitsAt::All,
     }];

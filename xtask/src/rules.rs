@@ -157,20 +157,24 @@ fn tree(sh: &Shell) -> Result<Vec<String>> {
             ));
         }
         if path.ends_with(".rs") {
-            let source = sh.file(path)?;
-            let lines = ignored_without_reason(&source);
-            broken.extend(lines.map(|n| format!("{path}:{n}: say why the test is ignored")));
+            let lines = ignored_without_reason(&sh.file(path)?);
+            broken.extend(
+                lines
+                    .iter()
+                    .map(|n| format!("{path}:{n}: say why the test is ignored")),
+            );
         }
     }
     Ok(broken)
 }
 
-fn ignored_without_reason(source: &str) -> impl Iterator<Item = usize> {
-    let lines = source
-        .lines()
-        .enumerate()
-        .filter(|(_, l)| l.trim() == "#[ignore]");
-    lines.map(|(i, _)| i + 1).collect::<Vec<_>>().into_iter()
+/// Lines, counted from 1, that switch a test off without a word.
+fn ignored_without_reason(source: &str) -> Vec<usize> {
+    let lines = source.lines().enumerate();
+    lines
+        .filter(|(_, l)| l.trim() == "#[ignore]")
+        .map(|(i, _)| i + 1)
+        .collect()
 }
 
 fn packages(metadata: &Value) -> Result<&Vec<Value>> {
@@ -260,6 +264,6 @@ mod tests {
     #[test]
     fn a_reason_is_asked_for() {
         let source = "#[test]\n    #[ignore]\nfn a() {}\n#[ignore = \"slow\"]\nfn b() {}\n";
-        assert_eq!(ignored_without_reason(source).collect::<Vec<_>>(), [2]);
+        assert_eq!(ignored_without_reason(source), [2]);
     }
 }

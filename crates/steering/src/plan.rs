@@ -407,6 +407,69 @@ mod tests {
         assert_eq!(back.sha256(), plan.sha256());
     }
 
+    /// Whether every key of `value` is in its schema, and every object's schema is closed.
+    fn keys_are_known(
+        value: &serde_json::Value,
+        schema: &serde_json::Value,
+        root: &serde_json::Value,
+    ) {
+        use serde_json::Value;
+        let by_name = |s: &Value| {
+            let name = s["$ref"].as_str()?.strip_prefix("#/$defs/")?;
+            Some(root["$defs"][name].clone())
+        };
+        // An optional type is "that or null".
+        let schema = match schema["anyOf"].as_array() {
+            Some(either) => by_name(&either[0]).unwrap_or_else(|| either[0].clone()),
+            None => by_name(schema).unwrap_or_else(|| schema.clone()),
+        };
+        match value {
+            Value::Object(fields) if schema["properties"].is_object() => {
+                assert_eq!(schema["additionalProperties"], false, "{schema}");
+                for (key, value) in fields {
+                    let field = &schema["properties"][key];
+                    assert!(field.is_object(), "'{key}' is not in the schema");
+                    keys_are_known(value, field, root);
+                }
+            }
+            Value::Array(items) => {
+                let item = &schema["items"];
+                items.iter().for_each(|v| keys_are_known(v, item, root));
+            }
+            Value::String(text) if schema["oneOf"].is_array() => {
+                let known = schema["oneOf"].as_array().into_iter().flatten();
+                assert!(known.clone().any(|k| k["const"] == **text), "{text}");
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_plan_in_the_guide_is_valid_and_in_the_schema() {
+        let guide = include_str!("../../../docs/steering.md");
+        let (_, rest) = guide.split_once("```toml\n").unwrap();
+        let (text, _) = rest.split_once("```").unwrap();
+        let plan = SteeringPlan::from_toml(text).unwrap();
+        assert!(
+            plan.interventions[0].gate.is_some(),
+            "the guide shows a gate"
+        );
+        let schema = SteeringPlan::schema();
+        let as_written: toml::Value = toml::from_str(text).unwrap();
+        let as_written = serde_json::to_value(as_written).unwrap();
+        for value in [as_written, serde_json::to_value(&plan).unwrap()] {
+            keys_are_known(&value, &schema, &schema);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "'treshold' is not in the schema")]
+    fn the_schema_knows_what_it_does_not_know() {
+        let plan = serde_json::json!({"interventions": [{"gate": {"treshold": 1.0}}]});
+        let schema = SteeringPlan::schema();
+        keys_are_known(&plan, &schema, &schema);
+    }
+
     #[track_caller]
     fn refused(from: &str, to: &str, expect: &str) {
         let text = PLAN.replace(from, to);

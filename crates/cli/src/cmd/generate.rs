@@ -56,14 +56,19 @@ pub struct Common {
     /// 0 is greedy.
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f32,
+    /// Sample from this many likeliest tokens; 0 takes all.
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
+    /// Sample from the likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 1.0)]
     pub top_p: f32,
+    /// Leave out tokens less likely than this fraction of the likeliest.
     #[arg(long, default_value_t = 0.0)]
     pub min_p: f32,
+    /// Divides the positive logits of tokens that are there already, multiplies negative ones; 1 is off.
     #[arg(long, default_value_t = 1.0)]
     pub repetition_penalty: f32,
+    /// Seed of the sampling.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// End the reply at this text; may be repeated.

@@ -261,3 +261,53 @@ fn toml_like(value: &Value, field: &Value) -> String {
         _ => value.to_string().replace(',', ", "),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_argument_says_what_it_does() {
+        fn check(path: &str, command: &Command) {
+            let path = format!("{path} {}", command.get_name());
+            assert!(command.get_about().is_some(), "{path}");
+            for arg in command.get_arguments() {
+                // Choices explain themselves.
+                let choices = !arg.get_possible_values().is_empty();
+                assert!(
+                    arg.get_help().is_some() || choices,
+                    "{path} {}",
+                    arg.get_id()
+                );
+            }
+            command.get_subcommands().for_each(|c| check(&path, c));
+        }
+        check("", &crate::Cli::command());
+    }
+
+    #[test]
+    fn every_key_of_a_study_says_what_it_is() {
+        let schema = schemars::schema_for!(Study).to_value();
+        let types = schema["$defs"].as_object().unwrap();
+        for (name, ty) in types.iter().chain([(&"Study".to_owned(), &schema)]) {
+            let keys = ty["properties"].as_object().into_iter().flatten();
+            for (key, field) in keys {
+                assert!(!description(field).is_empty(), "{name}.{key}");
+            }
+            let choices = ty["oneOf"].as_array().into_iter().flatten();
+            for choice in choices {
+                assert!(!description(choice).is_empty(), "{name}: {choice}");
+            }
+            // A choice without a comment would end up here, and not on the page.
+            assert!(ty["enum"].is_null(), "{name}: {ty}");
+        }
+        let page = study(&schema).unwrap();
+        assert!(
+            page.contains("| `temperature` | number | `0.8` |"),
+            "{page}"
+        );
+        assert!(page.contains("| `site` | string | required |"), "{page}");
+        assert!(page.contains("| `\"refused_vs_complied\"` |"), "{page}");
+    }
+}
