@@ -63,6 +63,9 @@ enum Command {
     Bench(cmd::bench::Args),
     /// Print a shell completion script.
     Completions(cmd::completions::Args),
+    /// Print a page of docs/reference.
+    #[command(hide = true)]
+    Reference(cmd::reference::Args),
 }
 
 fn main() -> ExitCode {
@@ -97,6 +100,9 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
         Command::Bench(args) => cmd::bench::run(args),
         Command::Completions(args) => {
             cmd::completions::run(args, &mut <Cli as clap::CommandFactory>::command())
+        }
+        Command::Reference(args) => {
+            cmd::reference::run(args, &mut <Cli as clap::CommandFactory>::command())
         }
     }
 }

@@ -107,6 +107,8 @@ pub struct SaeFacts {
     pub chat: Option<demur_sae::metrics::Quality>,
     /// On held-out text.
     pub text: Option<demur_sae::metrics::Quality>,
+    /// `fvu` and `l0` on the suites `chat` and `text`, with intervals over sequences.
+    pub metrics: Vec<Metric>,
     /// The training curve, if this study trained it.
     pub curve: Vec<CurvePoint>,
 }
@@ -268,13 +270,13 @@ impl ArmResult {
 }
 
 impl Record {
-    /// All figures as rows.
+    /// All figures as rows; the SAE's own are those of its passthrough.
     pub fn rows(&self) -> Vec<Row<'_>> {
-        self.arms
-            .iter()
-            .flat_map(|arm| {
-                arm.metrics.iter().map(move |m| Row {
-                    arm: &arm.arm,
+        let arms = self.arms.iter().map(|a| (a.arm.as_str(), &a.metrics));
+        arms.chain([("sae_passthrough", &self.sae.metrics)])
+            .flat_map(|(arm, metrics)| {
+                metrics.iter().map(move |m| Row {
+                    arm,
                     suite: &m.suite,
                     metric: &m.metric,
                     value: m.estimate.value,

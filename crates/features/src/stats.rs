@@ -78,6 +78,28 @@ pub fn mean(values: &[f64]) -> Estimate {
     }
 }
 
+/// A ratio of sums over units, `sum a / sum b`, with the normal 95 % interval of the ratio estimator
+/// (Cochran 1977, 6.4): the variance of `a_i - r b_i` over the units, `n / (n - 1)` for the sample.
+pub fn ratio(pairs: &[(f64, f64)]) -> Estimate {
+    let n = pairs.len();
+    let (a, b) = pairs
+        .iter()
+        .fold((0.0, 0.0), |(a, b), p| (a + p.0, b + p.1));
+    let value = a / b;
+    let half = if n > 1 {
+        let square: f64 = pairs.iter().map(|p| (p.0 - value * p.1).powi(2)).sum();
+        Z95 * (square * n as f64 / (n - 1) as f64).sqrt() / b.abs()
+    } else {
+        f64::INFINITY
+    };
+    Estimate {
+        value,
+        lo: value - half,
+        hi: value + half,
+        n,
+    }
+}
+
 /// Exact McNemar test: two-sided binomial p value of the discordant pairs, `b` one way and `c` the
 /// other.
 pub fn mcnemar(b: usize, c: usize) -> f64 {
@@ -324,6 +346,15 @@ mod tests {
         for (f, e) in h.iter().zip([0.04, 0.09, 0.09, 0.5]) {
             close(*f, e, 1e-12);
         }
+    }
+
+    #[test]
+    fn ratio_by_hand() {
+        // r = 3/6; residuals 1 - 1 = 0, 0 - 1 = -1, 2 - 1 = 1: variance 2 * 3/2 over 6^2
+        let e = ratio(&[(1.0, 2.0), (0.0, 2.0), (2.0, 2.0)]);
+        close(e.value, 0.5, 1e-12);
+        close(e.hi - e.value, 1.959_964 * 3.0f64.sqrt() / 6.0, 1e-6);
+        assert!(ratio(&[(1.0, 2.0)]).hi.is_infinite());
     }
 
     #[test]

@@ -11,10 +11,11 @@
 //! a row's result has the same bits whatever it is batched with (as long as the cache is finite:
 //! 0 times infinity is not 0).
 
-use rayon::prelude::*;
+use std::cell::RefCell;
 
 use crate::dispatch::{Isa, isa};
 use crate::ops;
+use crate::pool;
 
 /// What is the same for all sequences of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -105,11 +106,9 @@ pub fn attention(shape: &AttentionShape, seqs: &mut [SeqAttention<'_>]) {
             }
         }
     }
-    tasks
-        .into_par_iter()
-        .for_each_init(Scratch::default, |scratch, mut task| {
-            task.run(shape, scratch);
-        });
+    pool::for_each_row(&mut tasks, 1, |_, task| {
+        SCRATCH.with_borrow_mut(|scratch| task[0].run(shape, scratch));
+    });
 }
 
 /// Queries `first ..` of one key-value head; query `i` is row `i / group`, head `i % group`.
@@ -158,6 +157,10 @@ impl Task<'_> {
             tile.run(scratch, out);
         }
     }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Buffers of a thread.

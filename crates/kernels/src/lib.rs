@@ -12,6 +12,7 @@
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
 //! | [`sparse`] | top-k codes and the sparse decoder of autoencoders |
 //! | [`gemm`] | dense f32 products, over the `gemm` crate |
+//! | [`pool`] | parallel loops of a few microseconds |
 //! | [`mmap`] | read-only memory maps |
 
 pub mod attention;
@@ -22,6 +23,7 @@ pub mod linear;
 pub mod mmap;
 pub mod ops;
 mod packed;
+pub mod pool;
 pub mod quant;
 pub mod sparse;
 

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use crate::dispatch::{Isa, isa};
 use crate::error::KernelError;
 use crate::packed::{Activations, BLOCK, Packed, Shared};
+use crate::pool;
 use crate::quant::{GgmlType, dequantize_row};
 
 thread_local! {
@@ -217,7 +218,8 @@ impl Linear {
                         let value = sum + bias.map_or(0.0, |b| b[o]);
                         // SAFETY: in bounds as `o < m` and `first + t < n`; the column is this
                         // task's, by the caller's promise.
-                        unsafe { out.write((first + t) * m + o, value) };
+                        let out = unsafe { out.part((first + t) * m + o, 1) };
+                        out[0] = value;
                     }
                 }
             }
@@ -283,7 +285,7 @@ pub fn forward_all<const N: usize>(x: &[f32], n: usize, outputs: [Output<'_>; N]
         tasks += count;
         (o.linear, o.bias, Shared::new(o.y), group, count)
     });
-    (0..tasks).into_par_iter().for_each(|mut task| {
+    pool::for_each(tasks, |mut task| {
         for &(linear, bias, out, group, count) in &layers {
             if task < count {
                 let part = task * group..(task + 1) * group;
@@ -316,13 +318,17 @@ struct Half(u16);
 impl Element for Half {
     #[inline(always)]
     fn widen(self) -> f32 {
-        // Without branches, so that it vectorises: shift exponent and mantissa into place and
-        // rescale, which is right for subnormals too; infinities and NaN are patched.
-        let magnitude =
-            f32::from_bits(u32::from(self.0 & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-        let special = u32::from(self.0 & 0x7c00 == 0x7c00) * 0x7f80_0000;
-        f32::from_bits(magnitude.to_bits() | special | (u32::from(self.0 & 0x8000) << 16))
+        widen_f16(self.0)
     }
+}
+
+/// An f16's bits as f32. Without branches, so that it vectorises: shift exponent and mantissa into
+/// place and rescale, which is right for subnormals too; infinities and NaN are patched.
+#[inline(always)]
+pub(crate) fn widen_f16(bits: u16) -> f32 {
+    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    let special = u32::from(bits & 0x7c00 == 0x7c00) * 0x7f80_0000;
+    f32::from_bits(magnitude.to_bits() | special | (u32::from(bits & 0x8000) << 16))
 }
 
 /// A bf16 as stored.

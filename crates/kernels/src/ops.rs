@@ -3,9 +3,8 @@
 //! Bodies are plain Rust that vectorises; on x86-64 each is compiled a second time with AVX2 and FMA
 //! and chosen by [`crate::dispatch`].
 
-use rayon::prelude::*;
-
 use crate::dispatch::{Isa, isa};
+use crate::pool;
 
 /// Below this many elements an operation runs on one thread.
 const PARALLEL_FROM: usize = 1 << 15;
@@ -135,9 +134,9 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, plus_one: bool, out: &mut [f32])
             rms_one(x, w, eps, plus, out);
         }
     } else {
-        x.par_chunks_exact(d)
-            .zip(out.par_chunks_exact_mut(d))
-            .for_each(|(x, out)| rms_one(x, w, eps, plus, out));
+        pool::for_each_row(out, d, |i, out| {
+            rms_one(&x[i * d..(i + 1) * d], w, eps, plus, out);
+        });
     }
 }
 
@@ -149,8 +148,7 @@ fn in_rows(x: &mut [f32], width: usize, one: impl Fn(usize, &mut [f32]) + Sync) 
             .enumerate()
             .for_each(|(i, row)| one(i, row));
     } else {
-        let rows = x.par_chunks_exact_mut(width).enumerate();
-        rows.for_each(|(i, row)| one(i, row));
+        pool::for_each_row(x, width, one);
     }
 }
 
@@ -256,8 +254,10 @@ fn in_chunks(x: &mut [f32], y: &[f32], one: fn(&mut [f32], &[f32])) {
     if x.len() < PARALLEL_FROM {
         one(x, y);
     } else {
-        let pairs = x.par_chunks_mut(8192).zip(y.par_chunks(8192));
-        pairs.for_each(|(x, y)| one(x, y));
+        pool::for_each_row(x, 8192, |i, x| {
+            let from = i * 8192;
+            one(x, &y[from..from + x.len()]);
+        });
     }
 }
 
@@ -287,7 +287,7 @@ pub fn softcap(x: &mut [f32], cap: f32) {
     if x.len() < PARALLEL_FROM {
         softcap_one(x, cap);
     } else {
-        x.par_chunks_mut(8192).for_each(|x| softcap_one(x, cap));
+        pool::for_each_row(x, 8192, |_, x| softcap_one(x, cap));
     }
 }
 

@@ -134,6 +134,29 @@ pub struct Unpacked {
     pub scale: [f32; 16],
     /// One minimum a group; zero for symmetric types.
     pub min: [f32; 16],
+    /// The block's f16 scale: `scale[g] = unit * scale_q[g]` for K-quants, `scale[0]` for others.
+    pub unit: f32,
+    /// As `unit`: `min[g] = -(min_unit * min_q[g])` for K-quants, `min[0]` for others.
+    pub min_unit: f32,
+    /// Integer scales of K-quants.
+    pub scale_q: [i8; 16],
+    /// Integer minima of K-quants.
+    pub min_q: [i8; 16],
+}
+
+impl Unpacked {
+    /// The factors of a block of 32.
+    fn block_factors(&mut self, scale: f32, min: f32) {
+        (self.scale[0], self.min[0]) = (scale, min);
+        (self.unit, self.min_unit) = (scale, min);
+    }
+
+    /// The factors of group `g` of a K-quant.
+    fn group_factors(&mut self, g: usize, scale: i8, min: i8) {
+        (self.scale_q[g], self.min_q[g]) = (scale, min);
+        self.scale[g] = self.unit * f32::from(scale);
+        self.min[g] = -(self.min_unit * f32::from(min));
+    }
 }
 
 impl Default for Unpacked {
@@ -142,6 +165,10 @@ impl Default for Unpacked {
             q: [0; 256],
             scale: [0.0; 16],
             min: [0.0; 16],
+            unit: 0.0,
+            min_unit: 0.0,
+            scale_q: [0; 16],
+            min_q: [0; 16],
         }
     }
 }
@@ -166,12 +193,8 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
     match ty {
         GgmlType::Q4_0 | GgmlType::Q4_1 => {
             let (head, offset) = if ty == GgmlType::Q4_0 { (2, 8) } else { (4, 0) };
-            out.scale[0] = half_at(b, 0);
-            out.min[0] = if ty == GgmlType::Q4_1 {
-                half_at(b, 2)
-            } else {
-                0.0
-            };
+            let with_min = ty == GgmlType::Q4_1;
+            out.block_factors(half_at(b, 0), if with_min { half_at(b, 2) } else { 0.0 });
             for (j, &v) in b[head..head + 16].iter().enumerate() {
                 out.q[j] = (v & 15) as i8 - offset;
                 out.q[j + 16] = (v >> 4) as i8 - offset;
@@ -183,12 +206,8 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
             } else {
                 (4, 0)
             };
-            out.scale[0] = half_at(b, 0);
-            out.min[0] = if ty == GgmlType::Q5_1 {
-                half_at(b, 2)
-            } else {
-                0.0
-            };
+            let with_min = ty == GgmlType::Q5_1;
+            out.block_factors(half_at(b, 0), if with_min { half_at(b, 2) } else { 0.0 });
             let high = u32::from_le_bytes([b[head], b[head + 1], b[head + 2], b[head + 3]]);
             for (j, &v) in b[head + 4..head + 20].iter().enumerate() {
                 out.q[j] = ((v & 15) | (((high >> j) & 1) << 4) as u8) as i8 - offset;
@@ -196,17 +215,15 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
             }
         }
         GgmlType::Q8_0 => {
-            out.scale[0] = half_at(b, 0);
-            out.min[0] = 0.0;
+            out.block_factors(half_at(b, 0), 0.0);
             for (q, &v) in out.q.iter_mut().zip(&b[2..34]) {
                 *q = v as i8;
             }
         }
         GgmlType::Q2K => {
-            let (d, dmin) = (half_at(b, 80), half_at(b, 82));
+            (out.unit, out.min_unit) = (half_at(b, 80), half_at(b, 82));
             for g in 0..16 {
-                out.scale[g] = d * f32::from(b[g] & 15);
-                out.min[g] = -(dmin * f32::from(b[g] >> 4));
+                out.group_factors(g, (b[g] & 15) as i8, (b[g] >> 4) as i8);
             }
             for i in 0..256 {
                 // 128 values take 32 bytes, two bits a value, 32 values a bit pair
@@ -215,13 +232,12 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
             }
         }
         GgmlType::Q3K => {
-            let d = half_at(b, 108);
+            (out.unit, out.min_unit) = (half_at(b, 108), 0.0);
             let packed = &b[96..108];
             for g in 0..16 {
                 let low = (packed[g % 8] >> (4 * (g / 8))) & 15;
                 let high = (packed[8 + g % 4] >> (2 * (g / 4))) & 3;
-                out.scale[g] = d * f32::from((low | (high << 4)) as i8 - 32);
-                out.min[g] = 0.0;
+                out.group_factors(g, (low | (high << 4)) as i8 - 32, 0);
             }
             for i in 0..256 {
                 let low = (b[32 + (i / 128) * 32 + i % 32] >> (2 * (i % 128 / 32))) & 3;
@@ -230,7 +246,7 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
             }
         }
         GgmlType::Q4K | GgmlType::Q5K => {
-            let (d, dmin) = (half_at(b, 0), half_at(b, 2));
+            (out.unit, out.min_unit) = (half_at(b, 0), half_at(b, 2));
             let s = &b[4..16];
             for g in 0..8 {
                 let (scale, min) = if g < 4 {
@@ -241,8 +257,7 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
                         (s[g + 4] >> 4) | ((s[g] >> 6) << 4),
                     )
                 };
-                out.scale[g] = d * f32::from(scale);
-                out.min[g] = -(dmin * f32::from(min));
+                out.group_factors(g, scale as i8, min as i8);
             }
             let low = if ty == GgmlType::Q4K {
                 &b[16..144]
@@ -260,10 +275,9 @@ pub(crate) fn unpack_block(ty: GgmlType, b: &[u8], out: &mut Unpacked) {
             }
         }
         GgmlType::Q6K => {
-            let d = half_at(b, 208);
+            (out.unit, out.min_unit) = (half_at(b, 208), 0.0);
             for g in 0..16 {
-                out.scale[g] = d * f32::from(b[192 + g] as i8);
-                out.min[g] = 0.0;
+                out.group_factors(g, b[192 + g] as i8, 0);
             }
             for i in 0..256 {
                 let (half, quarter, l) = (i / 128, i % 128 / 32, i % 32);

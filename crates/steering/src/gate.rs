@@ -9,13 +9,14 @@
 //!
 //! Cost: one SAE encode of the rows read (shared with the edit), plus `weights.len()` products.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SteeringError;
 use demur_model::hooks::Role;
 
 /// A condition on latents. See the module documentation for its meaning.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
     /// Latents read and their weights.
@@ -43,7 +44,7 @@ pub struct Gate {
 }
 
 /// One latent that a gate reads.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GateWeight {
     /// Index of the latent.
@@ -53,7 +54,7 @@ pub struct GateWeight {
 }
 
 /// How a gate's per-token scores become one number.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Aggregate {
     /// The largest score so far.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use demur_model::hooks::Role;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -15,10 +16,11 @@ use crate::gate::Gate;
 pub const PLAN_VERSION: u32 = 1;
 
 /// What to do to the residual stream, as data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SteeringPlan {
     /// Format version, [`PLAN_VERSION`].
+    #[schemars(range(min = PLAN_VERSION, max = PLAN_VERSION))]
     pub version: u32,
     /// A short name, for tables and logs.
     pub name: String,
@@ -35,7 +37,7 @@ pub struct SteeringPlan {
 }
 
 /// One intervention: a site, edits of latents or a direction, on which tokens, under which gate.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InterventionSpec {
     /// Hook site, for instance `blocks.12.hook_resid_post`; aliases are accepted.
@@ -67,7 +69,7 @@ pub struct InterventionSpec {
 }
 
 /// One latent and what is done to it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LatentEdit {
     /// Index of the latent.
@@ -83,7 +85,7 @@ pub struct LatentEdit {
 }
 
 /// The operations of the crate's table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Op {
     /// The latent becomes `value`.
@@ -101,7 +103,7 @@ pub enum Op {
 }
 
 /// The unit of an edit's value.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
     /// As it is: activations of the latent.
@@ -114,7 +116,7 @@ pub enum Unit {
 }
 
 /// An edit along a unit direction of the residual stream.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Direction {
     /// A name, for tables.
@@ -129,7 +131,7 @@ pub struct Direction {
 }
 
 /// What is done along a [`Direction`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DirectionOp {
     /// `x' = x + value v`.
@@ -139,7 +141,7 @@ pub enum DirectionOp {
 }
 
 /// What becomes of `x - x_hat`, the part that the SAE does not explain.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorTerm {
     /// It stays: the residual changes along the edited latents only.
@@ -150,7 +152,7 @@ pub enum ErrorTerm {
 }
 
 /// How a latent's activation is read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Membership {
     /// As the SAE does: zero outside the top k. Costs one whole encode a row (`d_model * d_sae`).
@@ -161,7 +163,7 @@ pub enum Membership {
 }
 
 /// Which tokens are edited. A token must satisfy all parts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Span {
     /// Tokens of the prompt.
@@ -200,6 +202,12 @@ impl SteeringPlan {
                 .collect(),
             interventions: vec![spec],
         }
+    }
+
+    /// The JSON Schema of a plan. It says what [`Self::from_json`] accepts, up to what
+    /// [`Self::validate`] checks besides.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
     }
 
     /// Reads a plan from TOML.

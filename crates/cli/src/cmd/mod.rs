@@ -10,6 +10,7 @@ pub mod inspect;
 pub mod models;
 pub mod plan;
 pub mod pull;
+pub mod reference;
 pub mod report;
 pub mod sae;
 pub mod study;

@@ -20,6 +20,8 @@ enum Action {
         /// The plan, TOML or JSON.
         plan: PathBuf,
     },
+    /// Print the JSON Schema of plans.
+    Schema,
     /// Say in words what the plan does.
     Explain {
         /// The plan, TOML or JSON.
@@ -33,6 +35,7 @@ pub fn run(args: Args) -> Result<()> {
             let plan = read(&plan)?;
             say(format_args!("ok: {} ({})", plan.name, plan.sha256()))
         }
+        Action::Schema => say(format_args!("{:#}", SteeringPlan::schema())),
         Action::Explain { plan } => say(explain(&read(&plan)?)),
     }
 }

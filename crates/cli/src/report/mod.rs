@@ -1,5 +1,94 @@
-//! The report.
+//! The report: one self-contained HTML page, a view of the record.
+//!
+//! Nothing is computed anew here; figures are placed, formatted and drawn. Everything that comes from
+//! the record is foreign text (a model wrote much of it): it reaches the page through [`maud`], which
+//! escapes what is spliced in, and the page's content security policy lets no script run but the one
+//! in `script.js`. The page needs no network and is whole without scripts.
+//!
+//! One file a section, in the order of the page; [`chart`], [`labels`] and [`marker`] draw.
+
+mod arms;
+mod categories;
+mod chart;
+mod features;
+mod format;
+mod hero;
+mod labels;
+mod marker;
+mod method;
+mod page;
+mod replies;
+mod sae;
+mod sample;
+mod sweep;
+mod tradeoff;
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod tests;
+
 use anyhow::Result;
-pub fn render(record: &demur_eval::record::Record) -> Result<String> {
-    Ok(record.study.clone())
+use demur_eval::record::{ArmReply, ArmResult, Record, ReplyRow};
+
+/// The page for `record`.
+pub fn render(record: &Record) -> Result<String> {
+    page::page(&View::new(record)).map(maud::PreEscaped::into_string)
+}
+
+/// The record, with what every section asks about its arms.
+struct View<'a> {
+    record: &'a Record,
+    /// The arm that the headline is about.
+    headline: Option<usize>,
+}
+
+impl<'a> View<'a> {
+    fn new(record: &'a Record) -> Self {
+        Self {
+            record,
+            headline: headline_arm(record),
+        }
+    }
+
+    /// The first arm: the model as it is.
+    fn base(&self) -> Option<&'a ArmResult> {
+        self.record.arms.first()
+    }
+
+    fn headline(&self) -> Option<&'a ArmResult> {
+        self.headline.and_then(|i| self.record.arms.get(i))
+    }
+
+    /// The class that gives an arm its colour: base and the headline's arm have their own, the
+    /// others take turns.
+    fn arm_class(&self, arm: usize) -> String {
+        match arm {
+            0 => "arm-base".to_owned(),
+            i if Some(i) == self.headline => "arm-main".to_owned(),
+            i => format!("arm-{}", (i - 1) % 5),
+        }
+    }
+
+    /// What `arm` replied in `row`.
+    fn reply(&self, row: &'a ReplyRow, arm: usize) -> Option<&'a ArmReply> {
+        let name = &self.record.arms.get(arm)?.arm;
+        row.replies.iter().find(|r| r.arm == *name)
+    }
+}
+
+/// The headline begins with the title of its arm. A headline about no arm leaves the plain clamp, or
+/// whatever comes after base.
+fn headline_arm(record: &Record) -> Option<usize> {
+    let steered = || record.arms.iter().enumerate().skip(1);
+    let named = steered()
+        .filter(|(_, a)| {
+            let rest = record.verdict.headline.strip_prefix(a.title.as_str());
+            rest.is_some_and(|r| r.starts_with(':'))
+        })
+        .max_by_key(|(_, a)| a.title.len());
+    named
+        .or_else(|| steered().find(|(_, a)| a.arm == "clamp"))
+        .or_else(|| steered().next())
+        .map(|(i, _)| i)
 }

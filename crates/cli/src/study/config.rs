@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use demur_model::hooks::Site;
@@ -27,39 +28,49 @@ pub const BUILT_IN: [(&str, &str); 3] = [
 ];
 
 /// A whole study.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Study {
     /// Names the run's folder.
     pub name: String,
+    /// What it is for, in a sentence; shown in the report.
     #[serde(default)]
     pub description: String,
     /// Every random choice of the study comes from it.
     #[serde(default = "defaults::seed")]
     pub seed: u64,
+    /// Which model, and how it runs.
     #[serde(default)]
     pub model: ModelConfig,
+    /// Where the SAE comes from.
     pub sae: SaeConfig,
+    /// The text that an SAE is trained and judged on.
     #[serde(default)]
     pub corpus: CorpusConfig,
+    /// How an SAE is trained; read if `sae.source` is `"train"`.
     #[serde(default)]
     pub train: TrainConfig,
+    /// The prompts of discovery, tuning and test.
     #[serde(default)]
     pub prompts: PromptConfig,
+    /// How candidates for the clamp are found.
     #[serde(default)]
     pub discovery: DiscoveryConfig,
+    /// The clamp sweep.
     #[serde(default)]
     pub tune: TuneConfig,
+    /// The test.
     #[serde(default)]
     pub evaluate: EvaluateConfig,
 }
 
 /// Which model, and how it runs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     /// A name from the catalogue, or a path.
     pub name: String,
+    /// How products are computed.
     pub precision: Precision,
     /// Sequences that decode at once.
     pub max_batch: usize,
@@ -68,7 +79,9 @@ pub struct ModelConfig {
 }
 
 /// How products are computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// Weights as in the file, activations in int8 blocks for quantised ones.
@@ -79,9 +92,10 @@ pub enum Precision {
 }
 
 /// Where the SAE comes from.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SaeConfig {
+    /// Trained here, shipped, or a folder.
     #[serde(default)]
     pub source: SaeSource,
     /// Name of the shipped SAE, or the path of a folder in the SAELens layout.
@@ -92,7 +106,7 @@ pub struct SaeConfig {
 }
 
 /// Where the SAE comes from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SaeSource {
     /// Trained by this study on its corpus.
@@ -105,7 +119,7 @@ pub enum SaeSource {
 }
 
 /// The text that an SAE is trained and judged on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CorpusConfig {
     /// JSONL(.gz) files of `text` or `messages`; relative to the study's file.
@@ -124,39 +138,49 @@ pub struct CorpusConfig {
     pub context: usize,
 }
 
-/// SAE training; the meaning of each is in docs/studies.md.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// SAE training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
+    /// Latents active at once on a token.
     pub k: usize,
+    /// Latents as a multiple of the residual stream's width.
     pub expansion: f64,
     /// Latents; overrides `expansion`.
     pub d_sae: Option<usize>,
+    /// Passes over the corpus.
     pub epochs: f64,
+    /// Tokens in a step.
     pub batch: usize,
+    /// Adam's peak learning rate; by the number of latents, if absent.
     pub lr: Option<f64>,
+    /// Weight of the auxiliary loss that revives dead latents; 0 turns it off.
     pub auxk_alpha: f64,
+    /// Steps over which the learning rate rises from zero to its peak.
     pub warmup_steps: usize,
 }
 
 /// The prompts of discovery, tuning and test.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PromptConfig {
     /// A JSONL file of prompts with `label` and `split`; the shipped pairs, if absent.
     pub file: Option<PathBuf>,
-    /// At most this many prompts a label in each split; 0 takes all.
+    /// At most this many prompts a label of the discovery split; 0 takes all.
     pub discovery: usize,
+    /// At most this many prompts a label of the validation split; 0 takes all.
     pub validation: usize,
+    /// At most this many prompts a label of the test split; 0 takes all.
     pub test: usize,
     /// A system prompt for every arm.
     pub system: Option<String>,
 }
 
 /// How candidates are found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DiscoveryConfig {
+    /// Ways to find candidates; the short list takes an equal share of each.
     pub methods: Vec<Method>,
     /// Reply length of the discovery prompts, tokens.
     pub reply_tokens: usize,
@@ -175,7 +199,7 @@ pub struct DiscoveryConfig {
 }
 
 /// A way to find candidates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
     /// Latents active on at least two tokens of one refusal.
@@ -187,7 +211,7 @@ pub enum Method {
 }
 
 /// The clamp sweep.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TuneConfig {
     /// Clamp values.
@@ -206,7 +230,7 @@ pub struct TuneConfig {
 }
 
 /// The unit of a clamp value.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ValueUnit {
     /// Times the latent's largest activation over the harvest.
@@ -217,25 +241,34 @@ pub enum ValueUnit {
 }
 
 /// The test.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateConfig {
+    /// What is compared; the first must be `base`.
     pub arms: Vec<Arm>,
+    /// Reply length, tokens.
     pub max_new_tokens: usize,
     /// Passages of benign text for KL and perplexity; 0 takes all.
     pub passages: usize,
 }
 
 /// The arms that a study can run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Arm {
+    /// The model as it is.
     Base,
+    /// The residual becomes the SAE's reconstruction; nothing is edited.
     SaePassthrough,
+    /// The chosen latents are set to the chosen value; the reconstruction error stays.
     Clamp,
+    /// The same with the reconstruction error dropped.
     ClampErrorDropped,
+    /// As many other latents, moved about as far: the control.
     RandomLatent,
+    /// The mean difference of refused and complied prompts is added: a baseline without an SAE.
     DifferenceOfMeans,
+    /// The model is asked in words to refuse harm.
     SystemPrompt,
 }
 

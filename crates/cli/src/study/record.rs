@@ -92,8 +92,15 @@ pub fn assemble(
             d_sae: trained.d_sae,
             k: trained.k,
             trained_on_tokens: trained.trained_on_tokens,
-            chat: Some(trained.chat.clone()),
-            text: Some(trained.text.clone()),
+            chat: Some(trained.chat.quality.clone()),
+            text: Some(trained.text.quality.clone()),
+            metrics: [("chat", &trained.chat), ("text", &trained.text)]
+                .into_iter()
+                .flat_map(|(suite, held_out)| {
+                    [("fvu", held_out.fvu), ("l0", held_out.l0)]
+                        .map(|(name, estimate)| metric(suite, name, estimate))
+                })
+                .collect(),
             curve: trained.curve.clone(),
         },
         splits: [Split::Discovery, Split::Validation, Split::Test]
@@ -133,6 +140,14 @@ pub fn assemble(
             .collect(),
         arms,
     })
+}
+
+fn metric(suite: &str, metric: &str, estimate: Estimate) -> Metric {
+    Metric {
+        suite: suite.to_owned(),
+        metric: metric.to_owned(),
+        estimate,
+    }
 }
 
 fn text(value: &impl serde::Serialize) -> Result<String> {
@@ -179,12 +194,8 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
         .iter()
         .map(|run| {
             let mut metrics = Vec::new();
-            let mut push = |suite: &str, metric: &str, estimate: Estimate| {
-                metrics.push(Metric {
-                    suite: suite.to_owned(),
-                    metric: metric.to_owned(),
-                    estimate,
-                });
+            let mut push = |suite: &str, name: &str, estimate: Estimate| {
+                metrics.push(metric(suite, name, estimate));
             };
             for (want, metric) in kinds {
                 let r = refused(prompts, run, want);
@@ -192,6 +203,14 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
                     suite,
                     metric,
                     wilson(r.iter().filter(|r| **r).count(), r.len()),
+                );
+                let both = prompts.iter().zip(&run.replies);
+                let of_label = both.filter(|(p, _)| label(p) == want);
+                let odds: Vec<f64> = of_label.map(|(_, r)| f64::from(r.logodds)).collect();
+                push(
+                    suite,
+                    &metric.replace("refusal", "refusal_logodds"),
+                    stats::mean(&odds),
                 );
             }
             let broken = run

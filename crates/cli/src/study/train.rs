@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::record::CurvePoint;
+use demur_eval::stats::{Estimate, ratio};
 use demur_features::harvest::{Sequence, harvest};
 use demur_sae::metrics::{Quality, QualityMeter};
 use demur_sae::saelens::{self, WeightType};
@@ -32,8 +33,8 @@ pub struct Trained {
     pub d_sae: usize,
     pub k: usize,
     pub trained_on_tokens: Option<u64>,
-    pub chat: Quality,
-    pub text: Quality,
+    pub chat: HeldOut,
+    pub text: HeldOut,
     pub curve: Vec<CurvePoint>,
 }
 
@@ -193,26 +194,62 @@ fn train(
     Ok(curve)
 }
 
+/// Quality on held-out sequences.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HeldOut {
+    pub quality: Quality,
+    /// With intervals over sequences: tokens of one are not independent.
+    pub fvu: Estimate,
+    pub l0: Estimate,
+}
+
 /// Quality on sequences, without attention sinks: the first token of each and rows of abnormal norm.
-fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<Quality> {
+fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOut> {
     let d = sae.d_model();
-    let mut data = Vec::new();
+    let (mut data, mut owner) = (Vec::new(), Vec::new());
     let tokens = c.study.model.batch_tokens;
-    harvest(&c.loaded.model, c.site, sequences, tokens, |_, x| {
+    harvest(&c.loaded.model, c.site, sequences, tokens, |i, x| {
         data.extend_from_slice(&x[d.min(x.len())..]);
+        owner.resize(data.len() / d, i);
         Ok(())
     })?;
     let rows = Rows {
         data: &data,
         d_model: d,
     };
-    let kept: Vec<f32> = rows
-        .inliers(OUTLIER)
-        .iter()
-        .flat_map(|&i| &data[i as usize * d..(i as usize + 1) * d])
-        .copied()
-        .collect();
+    let kept = rows.inliers(OUTLIER);
+    let row = |at: u32| &data[at as usize * d..(at as usize + 1) * d];
+    let mut mean = vec![0.0f64; d];
+    for &at in &kept {
+        for (m, v) in mean.iter_mut().zip(row(at)) {
+            *m += f64::from(*v) / kept.len() as f64;
+        }
+    }
     let mut meter = QualityMeter::new(d, sae.d_sae());
-    meter.add_rows(sae, &kept);
-    Ok(meter.quality())
+    let (mut fvu, mut l0) = (Vec::new(), Vec::new());
+    for of_sequence in kept.chunk_by(|a, b| owner[*a as usize] == owner[*b as usize]) {
+        let x: Vec<f32> = of_sequence
+            .iter()
+            .flat_map(|&at| row(at))
+            .copied()
+            .collect();
+        let codes = sae.encode(&x, of_sequence.len());
+        let mut x_hat = vec![0.0; x.len()];
+        sae.decode(&codes, &mut x_hat);
+        meter.add(&x, &x_hat, &codes);
+        let squares = |pairs: &mut dyn Iterator<Item = (f64, f64)>| -> f64 {
+            pairs.map(|(a, b)| (a - b).powi(2)).sum()
+        };
+        let wide = x.iter().map(|v| f64::from(*v));
+        let error = squares(&mut wide.clone().zip(x_hat.iter().map(|v| f64::from(*v))));
+        let variance = squares(&mut wide.zip(mean.iter().copied().cycle()));
+        fvu.push((error, variance));
+        let active = codes.val.iter().filter(|v| **v > 0.0).count();
+        l0.push((active as f64, of_sequence.len() as f64));
+    }
+    Ok(HeldOut {
+        quality: meter.quality(),
+        fvu: ratio(&fvu),
+        l0: ratio(&l0),
+    })
 }

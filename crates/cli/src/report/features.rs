@@ -1,0 +1,282 @@
+//! The features: each latent with its evidence, the tokens that its decoder row moves, and the
+//! places where it fires most, with the activation as the background of each token.
+
+use demur_features::table::{
+    CausalEvidence, ContrastEvidence, Evidence, Feature, TokenLogit, TopActivation,
+};
+use maud::{Markup, html};
+
+use super::View;
+use super::format::{change, count, figure, fixed, percent};
+
+/// Features on the page; the rest is in the record.
+const FEATURES: usize = 24;
+/// Contexts of one feature.
+const CONTEXTS: usize = 6;
+/// Tokens of one context, on each side of the peak.
+const REACH: usize = 40;
+/// Promoted or suppressed tokens.
+const TOKENS: usize = 10;
+/// Steps of the background; the style sheet has a class for each.
+const LEVELS: f32 = 9.0;
+/// Features that are open at first, if none was chosen.
+const OPEN: usize = 1;
+
+pub fn section(view: &View<'_>) -> Markup {
+    let found = &view.record.discovery;
+    let mut features: Vec<&Feature> = found.features.iter().collect();
+    features.sort_by_key(|f| (!f.chosen, f.rank));
+    let any_chosen = features.iter().any(|f| f.chosen);
+    html! {
+        section id="features" {
+            header {
+                h2 { "The features and the evidence for them" }
+                p {
+                    "A latent is an index into the SAE's dictionary; a feature is a latent with evidence. "
+                    "They were found on discovery prompts and ranked by what a clamp does to the refusal log-odds of validation prompts."
+                }
+            }
+            @if features.is_empty() {
+                p class="note" { "Discovery reported no feature." }
+            }
+            @for (i, f) in features.iter().take(FEATURES).enumerate() {
+                (card(f, f.chosen || (!any_chosen && i < OPEN)))
+            }
+            @if features.len() > FEATURES {
+                p class="note" {
+                    "The first " (FEATURES) " of " (count(features.len() as u64)) " features are shown; all are in "
+                    span class="mono" { "record.json" } "."
+                }
+            }
+        }
+    }
+}
+
+fn card(f: &Feature, open: bool) -> Markup {
+    html! {
+        details class={ "feature" @if f.chosen { " chosen" } } open[open] {
+            summary {
+                span class="feature-name" { "Latent " (f.latent) }
+                @if f.chosen { span class="tag" { "in the plan" } }
+                span class="feature-gist" {
+                    @if let Some(c) = &f.evidence.causal {
+                        "log-odds " (change(c.refusal_logodds_delta_unsafe, 1))
+                    }
+                    @if let Some(first) = f.promotes.first() {
+                        " promotes " (token(&first.token))
+                    }
+                }
+            }
+            div class="feature-body" {
+                div class="feature-evidence" {
+                    (evidence(f))
+                    (tokens("Promotes", "up", &f.promotes))
+                    (tokens("Suppresses", "down", &f.suppresses))
+                }
+                div class="contexts" {
+                    h3 { "Where it fires most" }
+                    @if f.top_activations.is_empty() {
+                        p class="note" { "No context was kept." }
+                    }
+                    @for a in f.top_activations.iter().take(CONTEXTS) {
+                        (context(a))
+                    }
+                    @if f.top_activations.len() > CONTEXTS {
+                        p class="note" { (f.top_activations.len() - CONTEXTS) " more in " span class="mono" { "record.json" } "." }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn evidence(f: &Feature) -> Markup {
+    let Evidence {
+        paper_recipe,
+        harmful_vs_lookalike,
+        refused_vs_complied,
+        density,
+        max_activation,
+        cosine_refusal_direction,
+        causal,
+    } = &f.evidence;
+    html! {
+        dl class="evidence" {
+            div { dt { "Rank" } dd { (f.rank + 1) } }
+            @if let Some(c) = causal { (caused(c)) }
+            @if let Some(c) = refused_vs_complied { (contrast("Refused / complied", c)) }
+            @if let Some(c) = harmful_vs_lookalike { (contrast("Harmful / look-alike", c)) }
+            @if let Some(r) = paper_recipe {
+                div { dt { "Paper's recipe" } dd { "active on " (r.active_refusal_tokens) " tokens of the refusal" } }
+            }
+            @if let Some(v) = cosine_refusal_direction {
+                div { dt { "Cosine with refusal direction" } dd { (fixed(*v, 2)) } }
+            }
+            @if let Some(v) = density {
+                div { dt { "Density" } dd { (percent(*v)) small { "of tokens" } } }
+            }
+            @if let Some(v) = max_activation {
+                div { dt { "Largest activation" } dd { (figure(*v)) } }
+            }
+        }
+    }
+}
+
+fn caused(c: &CausalEvidence) -> Markup {
+    html! {
+        div {
+            dt { "Refusal log-odds, clamped at " (figure(c.value)) " × max" }
+            dd {
+                b { (change(c.refusal_logodds_delta_unsafe, 2)) } small { "unsafe" }
+                @if let Some(v) = c.refusal_logodds_delta_safe { " " b { (change(v, 2)) } small { "safe" } }
+            }
+        }
+        @if let Some(kl) = c.kl_benign {
+            div { dt { "KL on benign prompts" } dd { (figure(kl)) small { "nats" } } }
+        }
+    }
+}
+
+fn contrast(name: &str, c: &ContrastEvidence) -> Markup {
+    html! {
+        div {
+            dt { (name) }
+            dd {
+                "AUROC " b { (fixed(c.auroc, 2)) } small { "q = " (figure(c.q)) }
+                small class="line" { "mean max " (figure(c.mean_pos)) " against " (figure(c.mean_neg)) }
+            }
+        }
+    }
+}
+
+fn tokens(title: &str, class: &str, tokens: &[TokenLogit]) -> Markup {
+    html! {
+        @if !tokens.is_empty() {
+            h3 { (title) }
+            p class={ "tokens " (class) } {
+                @for t in tokens.iter().take(TOKENS) {
+                    span class="token" title=(format!("logit {}", change(t.logit, 2))) { (token(&t.token)) }
+                    " "
+                }
+            }
+        }
+    }
+}
+
+/// A token with what can't be seen made visible.
+fn token(text: &str) -> String {
+    if text.is_empty() {
+        return "∅".to_owned();
+    }
+    text.chars()
+        .map(|c| match c {
+            ' ' => '␣',
+            '\n' => '↵',
+            '\t' => '⇥',
+            '\r' => '␍',
+            c if c.is_control() => '\u{fffd}',
+            c => c,
+        })
+        .collect()
+}
+
+/// A token in running text: spaces stay, a line break is shown where it is.
+fn in_context(text: &str) -> String {
+    text.chars()
+        .map(|c| match c {
+            '\n' => '↵',
+            '\t' => ' ',
+            c if c.is_control() => '\u{fffd}',
+            c => c,
+        })
+        .collect()
+}
+
+fn context(a: &TopActivation) -> Markup {
+    let from = a.peak.saturating_sub(REACH).min(a.tokens.len());
+    let to = (a.peak + REACH + 1).min(a.tokens.len());
+    let shown = from.min(to)..to;
+    html! {
+        figure class="context" {
+            p class="text" dir="auto" {
+                @if from > 0 { "… " }
+                @for i in shown {
+                    @let act = a.acts.get(i).copied().unwrap_or(0.0);
+                    (piece(&a.tokens[i], act, a.value as f32, i == a.peak))
+                }
+                @if to < a.tokens.len() { " …" }
+            }
+            figcaption { span class="mono" { (a.source) } " · peak " (figure(a.value)) }
+        }
+    }
+}
+
+/// A step of the background: 0 for none, [`LEVELS`] for the peak.
+fn level(act: f32, peak: f32) -> u32 {
+    if act > 0.0 && peak > 0.0 && act.is_finite() {
+        (LEVELS * act / peak).ceil().clamp(1.0, LEVELS) as u32
+    } else {
+        0
+    }
+}
+
+fn piece(text: &str, act: f32, peak: f32, is_peak: bool) -> Markup {
+    let text = in_context(text);
+    match level(act, peak) {
+        0 if !is_peak => html! { (text) },
+        l => html! {
+            span class={ "a" (l) @if is_peak { " peak" } } title=(figure(f64::from(act))) { (text) }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backgrounds_follow_the_activation() {
+        assert_eq!(level(0.0, 4.0), 0);
+        assert_eq!(level(-1.0, 4.0), 0);
+        assert_eq!(level(0.01, 4.0), 1);
+        assert_eq!(level(2.0, 4.0), 5);
+        assert_eq!(level(4.0, 4.0), 9);
+        assert_eq!(level(8.0, 4.0), 9);
+        assert_eq!(level(f32::NAN, 4.0), 0);
+        assert_eq!(level(1.0, f32::NAN), 0);
+    }
+
+    #[test]
+    fn the_peak_is_marked_and_far_tokens_are_cut() {
+        let a = TopActivation {
+            value: 2.0,
+            source: "discovery/u1".to_owned(),
+            tokens: (0..200).map(|i| format!(" t{i}")).collect(),
+            acts: (0..200).map(|i| if i == 100 { 2.0 } else { 0.0 }).collect(),
+            peak: 100,
+        };
+        let page = context(&a).into_string();
+        assert!(page.contains(r#"<span class="a9 peak" title="2.00"> t100</span>"#), "{page}");
+        assert!(page.contains(" t60") && page.contains(" t140"));
+        assert!(!page.contains(" t59") && !page.contains(" t141"));
+    }
+
+    #[test]
+    fn a_peak_out_of_bounds_does_no_harm() {
+        let a = TopActivation {
+            value: f64::NAN,
+            source: String::new(),
+            tokens: vec!["a".to_owned()],
+            acts: Vec::new(),
+            peak: usize::MAX - 100,
+        };
+        assert!(context(&a).into_string().contains("figcaption"));
+    }
+
+    #[test]
+    fn what_can_not_be_seen_is_shown() {
+        assert_eq!(token(" a\n"), "␣a↵");
+        assert_eq!(token(""), "∅");
+        assert_eq!(in_context("a\n\u{0}"), "a↵\u{fffd}");
+    }
+}

@@ -1,0 +1,451 @@
+//! Quantised weights packed for integer products, and the products.
+//!
+//! # Layout
+//!
+//! Output rows go in panels of 16, the inner dimension in blocks of 32. A block's integers are eight
+//! vectors of 64 bytes: vector `g` holds, for each of the 16 rows, those of columns `4 g .. 4 g + 4`.
+//! One broadcast of 4 activation bytes against one vector is then 64 products for 16 outputs, with no
+//! horizontal sum at the end. They are stored without sign, `u = q + offset`, in as many bits as the
+//! file has for them:
+//!
+//! | bits | vectors of a block |
+//! | --- | --- |
+//! | 4 | four: groups 0-3 in the low nibbles, 4-7 in the high ones |
+//! | 5 | the same, then one of fifth bits: bit `g` of a byte belongs to group `g` |
+//! | 6 | the same, then two of upper bits: two bits of a byte for each of groups 0-3 and 4-7 |
+//! | 8 | eight |
+//!
+//! Scales and minima are 16 values a group of 16 or 32 columns, as in the file: f16, or (K-quants)
+//! one f16 unit for 256 columns and small integers. Nothing is quantised again, and nothing takes
+//! more memory than in the file, Q2_K and Q3_K aside, which are kept in 4 bits.
+//!
+//! # Product
+//!
+//! Activations are rounded to int8 with one f32 scale for each 32 values (as llama.cpp's Q8_0).
+//! `y = sum_b s_w s_x sum_i (u_i - offset) x_i + m_w s_x sum_i x_i`; the integer sums are exact, and the
+//! f32 sum runs over blocks in ascending order whatever the number of activation rows, so a row's
+//! result does not depend on its batch.
+//!
+//! A task takes some panels, unpacks them to a byte an integer and f32 factors (`panel.rs`), and lets
+//! tiles of activations pass; what is unpacked stays in the L2 cache. For a single row AVX-512 unpacks
+//! in registers instead: then reading the weights is all the work.
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod panel;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use half::f16;
+
+pub(crate) use self::activations::Activations;
+use self::activations::XBlock;
+use self::panel::{Panel, Row, Scratch};
+use crate::dispatch::{Isa, isa};
+use crate::pool;
+use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
+
+/// Columns of a block.
+pub(crate) const BLOCK: usize = 32;
+/// Rows of a panel.
+pub(crate) const PANEL: usize = 16;
+/// Bytes of unpacked weights that a task keeps in its cache.
+const L2_WEIGHTS: usize = 384 << 10;
+/// The most activation rows of a tile.
+const MAX_TILE: usize = 8;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Bits that an integer is stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Bits4,
+    Bits5,
+    Bits6,
+    Bits8,
+}
+
+impl Kind {
+    /// Vectors of a block.
+    fn lines(self) -> usize {
+        match self {
+            Self::Bits4 => 4,
+            Self::Bits5 => 5,
+            Self::Bits6 => 6,
+            Self::Bits8 => 8,
+        }
+    }
+}
+
+/// A vector of packed integers.
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl Line {
+    const ZERO: Self = Self([0; 64]);
+}
+
+/// Scales and minima, one for each row of a panel.
+#[derive(Debug)]
+enum Factors {
+    /// f16, `[panel][block]`; no minima for symmetric types.
+    Blocks {
+        scales: Vec<[u16; PANEL]>,
+        mins: Vec<[u16; PANEL]>,
+    },
+    /// Units `[panel][columns / 256]` in f16, integers `[panel][block][halves]`.
+    Supers {
+        units: Vec<[u16; PANEL]>,
+        scales: Vec<[i8; PANEL]>,
+    },
+    /// The same twice; what is subtracted is a minimum unit times its integer.
+    SupersWithMins {
+        units: Vec<[u16; PANEL]>,
+        scales: Vec<[i8; PANEL]>,
+        min_units: Vec<[u16; PANEL]>,
+        mins: Vec<[i8; PANEL]>,
+    },
+}
+
+impl Factors {
+    fn bytes(&self) -> usize {
+        let rows = match self {
+            Self::Blocks { scales, mins } => 2 * (scales.len() + mins.len()),
+            Self::Supers { units, scales } => 2 * units.len() + scales.len(),
+            Self::SupersWithMins {
+                units,
+                scales,
+                min_units,
+                mins,
+            } => 2 * (units.len() + min_units.len()) + scales.len() + mins.len(),
+        };
+        rows * PANEL
+    }
+}
+
+/// A packed matrix `[out, in]`.
+#[derive(Debug)]
+pub(crate) struct Packed {
+    kind: Kind,
+    rows: usize,
+    blocks: usize,
+    /// Groups of columns in a block that have factors of their own.
+    halves: usize,
+    offset: i32,
+    weights: Vec<Line>,
+    factors: Factors,
+}
+
+/// A panel's part of every buffer, while it is packed.
+struct Part<'a> {
+    weights: &'a mut [Line],
+    units: &'a mut [[u16; PANEL]],
+    min_units: &'a mut [[u16; PANEL]],
+    scales: &'a mut [[i8; PANEL]],
+    mins: &'a mut [[i8; PANEL]],
+}
+
+/// Splits `n` items off the front.
+fn take<'a, T>(rest: &mut &'a mut [T], n: usize) -> &'a mut [T] {
+    let (front, back) = std::mem::take(rest).split_at_mut(n);
+    *rest = back;
+    front
+}
+
+/// A pointer to the output that tasks share; each writes columns of its own panels only.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(*mut f32);
+
+// SAFETY: tasks write disjoint elements, and the borrow of the output outlives the parallel loop.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(crate) fn new(y: &mut [f32]) -> Self {
+        Self(y.as_mut_ptr())
+    }
+
+    /// # Safety
+    /// `at .. at + n` is in bounds of the output and no other task accesses it.
+    pub(crate) unsafe fn part<'a>(self, at: usize, n: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), n) }
+    }
+}
+
+impl Packed {
+    /// Packs `rows` rows of `columns` values of a quantised type; `bytes` is the whole matrix.
+    ///
+    /// The caller has checked that `columns` is a multiple of 32 and of the type's block, and that
+    /// `bytes` has the right length.
+    pub(crate) fn new(ty: GgmlType, bytes: &[u8], rows: usize, columns: usize) -> Self {
+        let (kind, offset) = match ty {
+            GgmlType::Q4_0 => (Kind::Bits4, 8),
+            GgmlType::Q4_1 | GgmlType::Q4K | GgmlType::Q2K => (Kind::Bits4, 0),
+            GgmlType::Q3K => (Kind::Bits4, 4),
+            GgmlType::Q5_0 => (Kind::Bits5, 16),
+            GgmlType::Q5_1 | GgmlType::Q5K => (Kind::Bits5, 0),
+            GgmlType::Q6K => (Kind::Bits6, 32),
+            _ => (Kind::Bits8, 128),
+        };
+        let with_mins = matches!(
+            ty,
+            GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q2K | GgmlType::Q4K | GgmlType::Q5K
+        );
+        let halves = BLOCK / group_len(ty);
+        let (blocks, panels) = (columns / BLOCK, rows.div_ceil(PANEL));
+        let in_supers = ty.block_len() == 256;
+        let (units_each, groups_each) = if in_supers {
+            (columns / 256, blocks * halves)
+        } else {
+            (blocks, 0)
+        };
+        let if_mins = |n: usize| if with_mins { n } else { 0 };
+        let mut weights = vec![Line::ZERO; panels * blocks * kind.lines()];
+        let mut units = vec![[0u16; PANEL]; panels * units_each];
+        let mut min_units = vec![[0u16; PANEL]; if_mins(panels * units_each)];
+        let mut scales = vec![[0i8; PANEL]; panels * groups_each];
+        let mut mins = vec![[0i8; PANEL]; if_mins(panels * groups_each)];
+        let row_bytes = columns / ty.block_len() * ty.block_bytes();
+        let mut parts: Vec<Part<'_>> = Vec::with_capacity(panels);
+        let mut rest = Part {
+            weights: &mut weights,
+            units: &mut units,
+            min_units: &mut min_units,
+            scales: &mut scales,
+            mins: &mut mins,
+        };
+        for _ in 0..panels {
+            parts.push(Part {
+                weights: take(&mut rest.weights, blocks * kind.lines()),
+                units: take(&mut rest.units, units_each),
+                min_units: take(&mut rest.min_units, if_mins(units_each)),
+                scales: take(&mut rest.scales, groups_each),
+                mins: take(&mut rest.mins, if_mins(groups_each)),
+            });
+        }
+        pool::for_each_row(&mut parts, 1, |panel, part| {
+            let Part {
+                weights,
+                units,
+                min_units,
+                scales,
+                mins,
+            } = &mut part[0];
+            let mut block = Unpacked::default();
+            for r in 0..PANEL.min(rows - panel * PANEL) {
+                let row = panel * PANEL + r;
+                let bytes = &bytes[row * row_bytes..(row + 1) * row_bytes];
+                for (at, b) in bytes.chunks_exact(ty.block_bytes()).enumerate() {
+                    unpack_block(ty, b, &mut block);
+                    units[at][r] = f16::from_f32(block.unit).to_bits();
+                    if with_mins {
+                        min_units[at][r] = f16::from_f32(block.min_unit).to_bits();
+                    }
+                    if in_supers {
+                        let groups = 256 / group_len(ty);
+                        for g in 0..groups {
+                            scales[at * groups + g][r] = block.scale_q[g];
+                            if with_mins {
+                                mins[at * groups + g][r] = block.min_q[g];
+                            }
+                        }
+                    }
+                    for i in 0..ty.block_len() {
+                        let column = at * ty.block_len() + i;
+                        let lines = &mut weights[column / BLOCK * kind.lines()..][..kind.lines()];
+                        let u = (i32::from(block.q[i]) + offset) as u8;
+                        put(kind, lines, r, column % BLOCK, u);
+                    }
+                }
+            }
+        });
+        let factors = match (in_supers, with_mins) {
+            (false, _) => Factors::Blocks {
+                scales: units,
+                mins: min_units,
+            },
+            (true, false) => Factors::Supers { units, scales },
+            (true, true) => Factors::SupersWithMins {
+                units,
+                scales,
+                min_units,
+                mins,
+            },
+        };
+        Self {
+            kind,
+            rows,
+            blocks,
+            halves,
+            offset,
+            weights,
+            factors,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.weights.len() * size_of::<Line>() + self.factors.bytes()
+    }
+
+    fn has_mins(&self) -> bool {
+        match &self.factors {
+            Factors::Blocks { mins, .. } => !mins.is_empty(),
+            Factors::Supers { .. } => false,
+            Factors::SupersWithMins { .. } => true,
+        }
+    }
+
+    /// The integers of a panel, as packed.
+    fn lines(&self, panel: usize) -> &[Line] {
+        let each = self.blocks * self.kind.lines();
+        &self.weights[panel * each..(panel + 1) * each]
+    }
+
+    /// Panels a task and number of tasks for `n` rows: a task should be worth some microseconds, its
+    /// unpacked weights should stay in the L2 cache while tiles of activations pass, and there should
+    /// be several for each thread.
+    pub(crate) fn split(&self, n: usize) -> (usize, usize) {
+        let panels = self.rows.div_ceil(PANEL);
+        let integers = self.blocks * BLOCK * PANEL;
+        let enough = (1 << 18) / (integers * n.min(8)).max(1);
+        let even = panels / (4 * crate::threads());
+        let group = if n == 1 {
+            even.clamp(1, enough.max(1))
+        } else {
+            let fit = (L2_WEIGHTS / (integers + integers / 4).max(1)).max(1);
+            even.clamp(1, fit).max(enough.min(fit))
+        };
+        (group, panels.div_ceil(group))
+    }
+
+    /// `y[n, out] = x W^T + bias` for some panels' outputs.
+    ///
+    /// # Safety
+    /// `out` is `[n, rows]`; nobody else accesses the columns of these panels.
+    pub(crate) unsafe fn task(
+        &self,
+        panels: Range<usize>,
+        x: &Activations,
+        n: usize,
+        bias: Option<&[f32]>,
+        out: Shared,
+    ) {
+        assert_eq!(x.0.len(), n * self.blocks, "activations are [n, in / 32]");
+        let panels = panels.start..panels.end.min(self.rows.div_ceil(PANEL));
+        let write = |row: usize, panel: usize, sums: &Row| {
+            let first = panel * PANEL;
+            let rows = (self.rows - first).min(PANEL);
+            // SAFETY: the panel's rows are below `rows` and the activation row below `n`, so the
+            // part is in bounds; the columns are this task's.
+            let out = unsafe { out.part(row * self.rows + first, rows) };
+            match bias {
+                Some(bias) => {
+                    let sums = sums.iter().zip(&bias[first..first + rows]);
+                    out.iter_mut().zip(sums).for_each(|(o, (s, b))| *o = s + b);
+                }
+                None => out.copy_from_slice(&sums[..rows]),
+            }
+        };
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut sums = [[0.0; PANEL]; MAX_TILE];
+            #[cfg(target_arch = "x86_64")]
+            if n == 1 && isa() >= Isa::Avx512 {
+                for panel in panels {
+                    scratch.unpack(self, panel..panel + 1, false);
+                    vnni::row(self, scratch.panel(self, 0, panel), &x.0, &mut sums[0]);
+                    write(0, panel, &sums[0]);
+                }
+                return;
+            }
+            scratch.unpack(self, panels.clone(), true);
+            let tile = tile_rows();
+            for (t, x) in x.0.chunks(tile * self.blocks).enumerate() {
+                let sums = &mut sums[..x.len() / self.blocks];
+                for (at, panel) in panels.clone().enumerate() {
+                    self.tile(scratch.panel(self, at, panel), x, sums);
+                    for (i, sums) in sums.iter().enumerate() {
+                        write(t * tile + i, panel, sums);
+                    }
+                }
+            }
+        });
+    }
+
+    /// The sums of one panel for the activation rows of a tile.
+    fn tile(&self, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
+        #[cfg(target_arch = "x86_64")]
+        if isa() >= Isa::Avx512 {
+            return vnni::tile(self, panel, x, sums);
+        } else if isa() >= Isa::Avx2 {
+            return avx2::tile(self, panel, x, sums);
+        }
+        self.tile_portable(panel, x, sums);
+    }
+
+    fn tile_portable(&self, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
+        let groups = 8 / self.halves;
+        for (sums, row) in sums.iter_mut().zip(x.chunks_exact(self.blocks)) {
+            *sums = [0.0; PANEL];
+            for (b, x) in row.iter().enumerate() {
+                for h in 0..self.halves {
+                    let mut dots = [0i32; PANEL];
+                    for g in h * groups..(h + 1) * groups {
+                        let line = &panel.weights[8 * b + g].0;
+                        for (dot, w) in dots.iter_mut().zip(line.as_chunks::<4>().0) {
+                            for (w, q) in w.iter().zip(&x.q[4 * g..]) {
+                                *dot += (i32::from(*w) - self.offset) * i32::from(*q);
+                            }
+                        }
+                    }
+                    let at = b * self.halves + h;
+                    let x_sum = if self.halves == 1 {
+                        x.sum
+                    } else {
+                        -x.scale * x.minus_half[h] as f32
+                    };
+                    for r in 0..PANEL {
+                        sums[r] += dots[r] as f32 * (panel.scales[at][r] * x.scale);
+                        if let Some(mins) = panel.mins.get(at) {
+                            sums[r] += mins[r] * x_sum;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Activation rows of a tile.
+fn tile_rows() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa() >= Isa::Avx512 {
+        return vnni::TILE;
+    } else if isa() >= Isa::Avx2 {
+        return avx2::TILE;
+    }
+    4
+}
+
+/// Stores the integer of row `r` and column `i` of a block.
+fn put(kind: Kind, lines: &mut [Line], r: usize, i: usize, u: u8) {
+    let (g, lane) = (i / 4, 4 * r + i % 4);
+    if kind == Kind::Bits8 {
+        lines[g].0[lane] = u;
+        return;
+    }
+    lines[g % 4].0[lane] |= (u & 15) << (4 * (g / 4));
+    match kind {
+        Kind::Bits5 => lines[4].0[lane] |= (u >> 4) << g,
+        Kind::Bits6 => lines[4 + g / 4].0[lane] |= (u >> 4) << (2 * (g % 4)),
+        Kind::Bits4 | Kind::Bits8 => {}
+    }
+}

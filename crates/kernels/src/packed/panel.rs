@@ -1,0 +1,188 @@
+//! A panel of weights made ready for a tile of activations: integers a byte each, factors in f32.
+
+use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
+use crate::dispatch::{Isa, isa};
+use crate::linear::widen_f16;
+
+/// One factor for each row of a panel.
+pub(super) type Row = [f32; PANEL];
+
+/// Buffers for some panels, kept by each thread.
+#[derive(Default)]
+pub(super) struct Scratch {
+    weights: Vec<Line>,
+    scales: Vec<Row>,
+    mins: Vec<Row>,
+}
+
+/// A panel as a kernel reads it.
+#[derive(Clone, Copy)]
+pub(super) struct Panel<'a> {
+    /// `[block][8]`: the integers of four columns each, or as they are packed.
+    pub weights: &'a [Line],
+    /// `[block][halves]`.
+    pub scales: &'a [Row],
+    /// As `scales`; empty if the type has no minima.
+    pub mins: &'a [Row],
+}
+
+impl Scratch {
+    /// Unpacks `panels` of `w`; with `weights` off their factors only.
+    pub(super) fn unpack(&mut self, w: &Packed, panels: std::ops::Range<usize>, weights: bool) {
+        let per_panel = w.blocks * w.halves;
+        self.scales.resize(panels.len() * per_panel, [0.0; PANEL]);
+        let with_mins = if w.has_mins() { per_panel } else { 0 };
+        self.mins.resize(panels.len() * with_mins, [0.0; PANEL]);
+        let bytes = if weights && w.kind != Kind::Bits8 {
+            w.blocks * 8
+        } else {
+            0
+        };
+        self.weights.resize(panels.len() * bytes, Line::ZERO);
+        for (at, panel) in panels.enumerate() {
+            let scales = &mut self.scales[at * per_panel..(at + 1) * per_panel];
+            let mins = &mut self.mins[at * with_mins..(at + 1) * with_mins];
+            let lines = &mut self.weights[at * bytes..(at + 1) * bytes];
+            #[cfg(target_arch = "x86_64")]
+            if isa() >= Isa::Avx512 {
+                // SAFETY: `isa` returns Avx512 only where the processor has these features.
+                unsafe { unpack_avx512(w, panel, lines, scales, mins) };
+                continue;
+            } else if isa() >= Isa::Avx2 {
+                // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
+                unsafe { unpack_avx2(w, panel, lines, scales, mins) };
+                continue;
+            }
+            unpack(w, panel, lines, scales, mins);
+        }
+    }
+
+    /// The panel that was the `at`-th to be unpacked, and is the `panel`-th of `w`.
+    pub(super) fn panel<'a>(&'a self, w: &'a Packed, at: usize, panel: usize) -> Panel<'a> {
+        let per_panel = w.blocks * w.halves;
+        let with_mins = if w.has_mins() { per_panel } else { 0 };
+        let weights = if self.weights.is_empty() {
+            w.lines(panel)
+        } else {
+            &self.weights[at * w.blocks * 8..(at + 1) * w.blocks * 8]
+        };
+        Panel {
+            weights,
+            scales: &self.scales[at * per_panel..(at + 1) * per_panel],
+            mins: &self.mins[at * with_mins..(at + 1) * with_mins],
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn unpack_avx2(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
+    unpack(w, p, lines, scales, mins);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn unpack_avx512(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
+    unpack(w, p, lines, scales, mins);
+}
+
+#[inline(always)]
+fn unpack(w: &Packed, panel: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
+    let packed = w.lines(panel);
+    let blocks = lines.chunks_exact_mut(8);
+    match w.kind {
+        Kind::Bits4 => blocks
+            .zip(packed.chunks_exact(4))
+            .for_each(|(out, packed)| nibbles(packed, out)),
+        Kind::Bits5 => blocks
+            .zip(packed.chunks_exact(5))
+            .for_each(|(out, packed)| {
+                nibbles(packed, out);
+                for (g, out) in out.iter_mut().enumerate() {
+                    for (o, high) in out.0.iter_mut().zip(&packed[4].0) {
+                        *o |= ((high >> g) & 1) << 4;
+                    }
+                }
+            }),
+        Kind::Bits6 => blocks
+            .zip(packed.chunks_exact(6))
+            .for_each(|(out, packed)| {
+                nibbles(packed, out);
+                for (g, out) in out.iter_mut().enumerate() {
+                    for (o, high) in out.0.iter_mut().zip(&packed[4 + g / 4].0) {
+                        *o |= ((high >> (2 * (g % 4))) & 3) << 4;
+                    }
+                }
+            }),
+        // Its integers are a byte each in the packed form too.
+        Kind::Bits8 => {}
+    }
+    match &w.factors {
+        Factors::Blocks { scales: s, mins: m } => {
+            let from = panel * w.blocks;
+            widen(&s[from..from + w.blocks], scales);
+            if !m.is_empty() {
+                widen(&m[from..from + w.blocks], mins);
+            }
+        }
+        Factors::Supers { units, scales: s } => {
+            expand(w, panel, units, s, 1.0, scales);
+        }
+        Factors::SupersWithMins {
+            units,
+            scales: s,
+            min_units,
+            mins: m,
+        } => {
+            expand(w, panel, units, s, 1.0, scales);
+            expand(w, panel, min_units, m, -1.0, mins);
+        }
+    }
+}
+
+/// Groups 0 to 3 are in the low nibbles of four vectors, 4 to 7 in the high ones.
+#[inline(always)]
+fn nibbles(packed: &[Line], out: &mut [Line]) {
+    for g in 0..4 {
+        for i in 0..64 {
+            out[g].0[i] = packed[g].0[i] & 15;
+            out[g + 4].0[i] = packed[g].0[i] >> 4;
+        }
+    }
+}
+
+#[inline(always)]
+fn widen(halves: &[[u16; PANEL]], out: &mut [Row]) {
+    for (halves, out) in halves.iter().zip(out) {
+        for (h, o) in halves.iter().zip(out) {
+            *o = widen_f16(*h);
+        }
+    }
+}
+
+/// `sign * unit * integer`, one unit for each 256 columns.
+#[inline(always)]
+fn expand(
+    w: &Packed,
+    panel: usize,
+    units: &[[u16; PANEL]],
+    integers: &[[i8; PANEL]],
+    sign: f32,
+    out: &mut [Row],
+) {
+    let per_super = 256 / BLOCK * w.halves;
+    let supers = w.blocks * BLOCK / 256;
+    let integers = &integers[panel * w.blocks * w.halves..(panel + 1) * w.blocks * w.halves];
+    let units = &units[panel * supers..(panel + 1) * supers];
+    let parts = out
+        .chunks_exact_mut(per_super)
+        .zip(integers.chunks_exact(per_super));
+    for (unit, (out, integers)) in units.iter().zip(parts) {
+        let unit: Row = std::array::from_fn(|r| sign * widen_f16(unit[r]));
+        for (out, integers) in out.iter_mut().zip(integers) {
+            for r in 0..PANEL {
+                out[r] = unit[r] * f32::from(integers[r]);
+            }
+        }
+    }
+}
