@@ -161,7 +161,7 @@ fn provenance(r: &Record) -> Markup {
 }
 
 fn again(r: &Record) -> Markup {
-    let run = format!("runs/{}", r.study);
+    let run = shell(&format!("runs/{}", r.study));
     html! {
         h3 { "Run it again" }
         @match study_toml(&r.config) {
@@ -169,7 +169,7 @@ fn again(r: &Record) -> Markup {
                 p { "Save the study below as " span class="mono" { "study.toml" } ", and:" }
                 pre class="listing" { code {
                     "demur study study.toml\n"
-                    "demur chat --model " (m(r)) " --plan " (run) "/plan.toml --side-by-side\n"
+                    "demur chat --model " (shell(&r.model.name)) " --plan " (run) "/plan.toml --side-by-side\n"
                     "demur report " (run)
                 } }
                 details {
@@ -187,13 +187,13 @@ fn again(r: &Record) -> Markup {
     }
 }
 
-/// The model's name, quoted for a shell where it must be.
-fn m(r: &Record) -> String {
+/// `text` as one word of a shell's command.
+fn shell(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
-    if !r.model.name.is_empty() && r.model.name.chars().all(plain) {
-        r.model.name.clone()
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
     } else {
-        format!("'{}'", r.model.name.replace('\'', r"'\''"))
+        format!("'{}'", text.replace('\'', r"'\''"))
     }
 }
 
@@ -245,6 +245,12 @@ mod tests {
             let back: Study = toml::from_str(&toml).unwrap();
             assert_eq!(back, study, "{toml}");
         }
+    }
+
+    #[test]
+    fn names_are_quoted_for_the_shell() {
+        assert_eq!(shell("runs/quickstart"), "runs/quickstart");
+        assert_eq!(shell("a; 'b'"), r"'a; '\''b'\'''");
     }
 
     #[test]
