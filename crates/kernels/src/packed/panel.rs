@@ -83,11 +83,41 @@ fn unpack_avx2(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], min
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn unpack_avx512(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
-    unpack(w, p, lines, scales, mins);
+    let Factors::Blocks { scales: s, mins: m } = &w.factors else {
+        return unpack(w, p, lines, scales, mins);
+    };
+    unpack_integers(w, p, lines);
+    let from = p * w.blocks;
+    widen_avx512(&s[from..from + w.blocks], scales);
+    if !m.is_empty() {
+        widen_avx512(&m[from..from + w.blocks], mins);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn widen_avx512(halves: &[[u16; PANEL]], out: &mut [Row]) {
+    use std::arch::x86_64::*;
+    for (halves, out) in halves.iter().zip(out) {
+        // SAFETY: both have 16 values.
+        unsafe {
+            let wide = _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()));
+            _mm512_storeu_ps(out.as_mut_ptr(), wide);
+        }
+    }
 }
 
 #[inline(always)]
 fn unpack(w: &Packed, panel: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
+    unpack_integers(w, panel, lines);
+    unpack_factors(w, panel, scales, mins);
+}
+
+#[inline(always)]
+fn unpack_integers(w: &Packed, panel: usize, lines: &mut [Line]) {
+    if lines.is_empty() {
+        return;
+    }
     let packed = w.lines(panel);
     let blocks = lines.chunks_exact_mut(8);
     match w.kind {
@@ -117,6 +147,10 @@ fn unpack(w: &Packed, panel: usize, lines: &mut [Line], scales: &mut [Row], mins
         // Its integers are a byte each in the packed form too.
         Kind::Bits8 => {}
     }
+}
+
+#[inline(always)]
+fn unpack_factors(w: &Packed, panel: usize, scales: &mut [Row], mins: &mut [Row]) {
     match &w.factors {
         Factors::Blocks { scales: s, mins: m } => {
             let from = panel * w.blocks;

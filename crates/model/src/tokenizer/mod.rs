@@ -125,9 +125,9 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Tokenizer`] when the tokenizer's own rules fail on this text.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>> {
-        let literal = [0..text.len()];
+        let whole = 0..text.len();
         let literal = if special == Special::AsText {
-            &literal[..]
+            std::slice::from_ref(&whole)
         } else {
             &[]
         };
