@@ -54,7 +54,7 @@ impl<R: Read> Lines<R> {
     ///
     /// # Errors
     /// [`EvalError::Io`], or [`EvalError::TooLarge`] for a line or a text beyond its limit.
-    pub fn next(&mut self) -> Result<Option<(usize, Vec<u8>)>, EvalError> {
+    pub fn next_line(&mut self) -> Result<Option<(usize, Vec<u8>)>, EvalError> {
         loop {
             let mut line = Vec::new();
             let most = MAX_LINE.min(self.left);
@@ -133,7 +133,7 @@ mod tests {
     fn all(bytes: &[u8], limit: u64) -> Result<Vec<(usize, String)>, EvalError> {
         let mut lines = Lines::new("f", bytes, limit);
         let mut out = Vec::new();
-        while let Some((number, line)) = lines.next()? {
+        while let Some((number, line)) = lines.next_line()? {
             out.push((number, String::from_utf8(line).unwrap().trim().to_owned()));
         }
         Ok(out)
@@ -158,7 +158,7 @@ mod tests {
         assert!(matches!(e, EvalError::TooLarge { limit: 5, .. }), "{e}");
         // a text without an end
         let mut endless = Lines::new("f", std::io::repeat(b'x'), u64::MAX);
-        let e = endless.next().unwrap_err().to_string();
+        let e = endless.next_line().unwrap_err().to_string();
         assert!(e.contains("f:1"), "{e}");
     }
 
@@ -175,7 +175,7 @@ mod tests {
             std::fs::write(&path, &bytes[..n]).unwrap();
             let mut lines = Lines::new("p", open(&path).unwrap(), u64::MAX);
             let end = loop {
-                match lines.next() {
+                match lines.next_line() {
                     Ok(Some(_)) => {}
                     other => break other,
                 }

@@ -161,7 +161,7 @@ pub fn parse<T: for<'a> Deserialize<'a>>(
     let mut rows = Vec::new();
     let mut ids = HashSet::new();
     let mut lines = Lines::new(path, bytes, MAX_BYTES);
-    while let Some((number, text)) = lines.next()? {
+    while let Some((number, text)) = lines.next_line()? {
         let row: T = serde_json::from_slice(&text).map_err(|e| lines.wrong(number, e))?;
         if !ids.insert(id(&row).clone()) {
             return Err(lines.wrong(number, format!("id '{}' is there twice", id(&row))));

@@ -73,7 +73,7 @@ impl Sae {
             let rule = format!("must be between 1 and d_sae = {}", cfg.d_sae);
             return bad("k", cfg.k.to_string(), rule);
         }
-        let size = cfg.d_sae.checked_mul(cfg.d_model).unwrap_or(usize::MAX);
+        let size = cfg.d_sae.saturating_mul(cfg.d_model);
         for (field, v, expected) in [
             ("W_enc", &w_enc_t, size),
             ("W_dec", &w_dec, size),

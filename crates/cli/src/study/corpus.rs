@@ -225,7 +225,7 @@ fn read_file(
     let name = file.display().to_string();
     let mut lines = Lines::new(&name, files::open(file)?, u64::MAX);
     while *total < c.study.corpus.max_tokens
-        && let Some((number, line)) = lines.next()?
+        && let Some((number, line)) = lines.next_line()?
     {
         let row: Row = serde_json::from_slice(&line).map_err(|e| lines.wrong(number, e))?;
         let source = format!("{name}:{number}");
