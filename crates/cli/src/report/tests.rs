@@ -7,6 +7,9 @@ use serde_json::Value;
 use super::fixture::{sample, sample_json};
 use super::*;
 
+/// A part of the record that is taken away: its name and how.
+type Change = (&'static str, fn(&mut Record));
+
 fn page(record: &Record) -> String {
     let html = render(record).unwrap();
     well_formed(&html);
@@ -202,7 +205,7 @@ proptest::proptest! {
 
 #[test]
 fn what_is_missing_does_no_harm() {
-    let nothing: [(&str, fn(&mut Record)); 14] = [
+    let nothing: [Change; 14] = [
         ("features", |r| r.discovery.features.clear()),
         ("sweep", |r| r.tune.sweep.clear()),
         ("curve", |r| r.sae.curve.clear()),
