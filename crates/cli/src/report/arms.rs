@@ -102,7 +102,10 @@ fn find<'m>(arm: &'m ArmResult, (suite, metric): (&str, &str)) -> Option<&'m Met
 
 /// The number of observations, if it is the same in all arms.
 fn common_n(column: (&str, &str), arms: &[ArmResult]) -> Option<usize> {
-    let mut all = arms.iter().filter_map(|a| find(a, column)).map(|m| m.estimate.n);
+    let mut all = arms
+        .iter()
+        .filter_map(|a| find(a, column))
+        .map(|m| m.estimate.n);
     let first = all.next()?;
     all.all(|n| n == first).then_some(first)
 }
@@ -227,7 +230,10 @@ mod tests {
             n: 60,
         };
         let svg = bar(&e, "unsafe").into_string();
-        assert!(svg.contains(r#"class="range" x1="37.5" x2="62.5""#), "{svg}");
+        assert!(
+            svg.contains(r#"class="range" x1="37.5" x2="62.5""#),
+            "{svg}"
+        );
         assert!(svg.contains(r#"class="value" x1="50" x2="50""#), "{svg}");
     }
 }

@@ -101,8 +101,14 @@ mod tests {
             n: 5,
         };
         let page = bar("Base", "base", Some(&c)).into_string();
-        assert!(page.contains(r#"width="40""#) && page.contains("2/5"), "{page}");
+        assert!(
+            page.contains(r#"width="40""#) && page.contains("2/5"),
+            "{page}"
+        );
         let nothing = bar("Base", "base", None).into_string();
-        assert!(nothing.contains(r#"width="0""#) && nothing.contains(DASH), "{nothing}");
+        assert!(
+            nothing.contains(r#"width="0""#) && nothing.contains(DASH),
+            "{nothing}"
+        );
     }
 }

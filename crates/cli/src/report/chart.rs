@@ -326,7 +326,10 @@ mod tests {
             start: 10.0,
             end: 20.0,
         };
-        assert_eq!((axis.at(2.0), axis.at(-1.0), axis.at(0.5)), (20.0, 10.0, 15.0));
+        assert_eq!(
+            (axis.at(2.0), axis.at(-1.0), axis.at(0.5)),
+            (20.0, 10.0, 15.0)
+        );
         let one_value = Axis { hi: 0.0, ..axis };
         assert_eq!(one_value.at(0.0), 15.0);
     }

@@ -256,7 +256,10 @@ mod tests {
             peak: 100,
         };
         let page = context(&a).into_string();
-        assert!(page.contains(r#"<span class="a9 peak" title="2.00"> t100</span>"#), "{page}");
+        assert!(
+            page.contains(r#"<span class="a9 peak" title="2.00"> t100</span>"#),
+            "{page}"
+        );
         assert!(page.contains(" t60") && page.contains(" t140"));
         assert!(!page.contains(" t59") && !page.contains(" t141"));
     }

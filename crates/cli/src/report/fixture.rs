@@ -47,7 +47,8 @@ pub fn sample_json() -> Value {
             "replies": [reply("base", base), reply("clamp", clamp), reply("random_latent", base)],
         })
     };
-    let contrast = json!({"mean_pos": 3.0, "mean_neg": 0.5, "diff": 2.5, "auroc": 0.93, "q": 0.001});
+    let contrast =
+        json!({"mean_pos": 3.0, "mean_neg": 0.5, "diff": 2.5, "auroc": 0.93, "q": 0.001});
     let feature = |latent: u32, rank: usize, chosen: bool| {
         json!({
             "latent": latent, "rank": rank, "chosen": chosen,
@@ -78,7 +79,9 @@ pub fn sample_json() -> Value {
     let mut categories = Vec::new();
     for (arm, k) in [("base", 2), ("clamp", 5)] {
         for label in ["unsafe", "safe"] {
-            categories.push(json!({"category": "weapons", "arm": arm, "label": label, "refused": k, "n": 5}));
+            categories.push(
+                json!({"category": "weapons", "arm": arm, "label": label, "refused": k, "n": 5}),
+            );
         }
     }
     let quality = json!({"n_tokens": 4000, "fvu": 0.21, "l0": 31.5, "dead": 0.04});

@@ -4,9 +4,7 @@ use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use sha2::{Digest, Sha256};
 
-use super::{
-    View, arms, categories, features, hero, method, replies, sae, sweep,
-};
+use super::{View, arms, categories, features, hero, method, replies, sae, sweep};
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
@@ -115,7 +113,15 @@ mod tests {
     #[test]
     fn style_and_script_need_no_network_and_can_not_end_early() {
         for text in [STYLE, SCRIPT] {
-            for never in ["http:", "https:", "@import", "url(", "</", "fetch(", "innerHTML"] {
+            for never in [
+                "http:",
+                "https:",
+                "@import",
+                "url(",
+                "</",
+                "fetch(",
+                "innerHTML",
+            ] {
                 assert!(!text.contains(never), "{never}");
             }
         }

@@ -114,7 +114,9 @@ fn panel(
     let chart = LineChart {
         summary: format!(
             "{title}: {} at step {first}, {} at step {last}",
-            curve.first().map_or_else(String::new, |p| y_format(read(p))),
+            curve
+                .first()
+                .map_or_else(String::new, |p| y_format(read(p))),
             curve.last().map_or_else(String::new, |p| y_format(read(p)))
         ),
         x_label: "step",

@@ -131,13 +131,22 @@ mod tests {
             (Label::Unsafe, Refusal, Refusal, None),
             (Label::Safe, Compliance, Refusal, Some(Change::OverRefused)),
             (Label::Safe, Refusal, Compliance, Some(Change::Freed)),
-            (Label::Safe, Compliance, Compliance, Some(Change::StillHelps)),
+            (
+                Label::Safe,
+                Compliance,
+                Compliance,
+                Some(Change::StillHelps),
+            ),
             (Label::Safe, Refusal, Refusal, None),
             (Label::Unsafe, Refusal, Gibberish, Some(Change::Broken)),
             (Label::Safe, Compliance, Empty, Some(Change::Broken)),
             (Label::Safe, Gibberish, Empty, None),
         ] {
-            assert_eq!(Change::of(label, base, steered), expect, "{label:?} {base:?} {steered:?}");
+            assert_eq!(
+                Change::of(label, base, steered),
+                expect,
+                "{label:?} {base:?} {steered:?}"
+            );
         }
     }
 
@@ -145,9 +154,8 @@ mod tests {
     fn categories_take_turns() {
         let rows = [row("1", "a"), row("2", "a"), row("3", "b"), row("4", "a")];
         let rows: Vec<&ReplyRow> = rows.iter().collect();
-        let ids = |most| -> Vec<&str> {
-            varied(&rows, most).iter().map(|r| r.id.as_str()).collect()
-        };
+        let ids =
+            |most| -> Vec<&str> { varied(&rows, most).iter().map(|r| r.id.as_str()).collect() };
         assert_eq!(ids(2), ["1", "3"]);
         assert_eq!(ids(3), ["1", "3", "2"]);
         assert_eq!(ids(9).len(), 4);

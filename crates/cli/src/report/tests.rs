@@ -21,7 +21,11 @@ fn well_formed(html: &str) {
         .strip_prefix("<!DOCTYPE html>")
         .expect("begins with its doctype");
     while let Some(at) = rest.find('<') {
-        assert!(!rest[..at].contains('>'), "a loose '>' in {:?}", &rest[..at]);
+        assert!(
+            !rest[..at].contains('>'),
+            "a loose '>' in {:?}",
+            &rest[..at]
+        );
         rest = &rest[at + 1..];
         let end = rest.find('>').expect("a tag ends");
         let (tag, after) = (&rest[..end], &rest[end + 1..]);
@@ -46,9 +50,19 @@ fn well_formed(html: &str) {
 
 #[test]
 fn the_checker_finds_what_is_broken() {
-    for broken in ["<p>", "<p></b>", "</p>", "<p class=\"a></p>", "<b><i></b></i>", "<p>a > b</p>"] {
+    for broken in [
+        "<p>",
+        "<p></b>",
+        "</p>",
+        "<p class=\"a></p>",
+        "<b><i></b></i>",
+        "<p>a > b</p>",
+    ] {
         let html = format!("<!DOCTYPE html>{broken}");
-        assert!(std::panic::catch_unwind(|| well_formed(&html)).is_err(), "{broken}");
+        assert!(
+            std::panic::catch_unwind(|| well_formed(&html)).is_err(),
+            "{broken}"
+        );
     }
     well_formed("<!DOCTYPE html><p a=\"b\">c<br>d</p><script>if (a < b) {}</script>");
 }
@@ -58,7 +72,15 @@ fn every_section_is_there_in_order() {
     let html = page(&sample());
     let mut at = 0;
     for id in [
-        "verdict", "tradeoff", "arms", "sweep", "features", "replies", "categories", "sae", "plan",
+        "verdict",
+        "tradeoff",
+        "arms",
+        "sweep",
+        "features",
+        "replies",
+        "categories",
+        "sae",
+        "plan",
         "method",
     ] {
         let found = html[at..].find(&format!("id=\"{id}\"")).expect(id);
@@ -97,7 +119,11 @@ fn poison(value: &mut Value, text: &str, key: &str) {
         Value::Object(map) => {
             let verdict_of_study = map.get("verdict").is_some_and(Value::is_object);
             for (k, v) in map.iter_mut() {
-                let key = if k == "verdict" && verdict_of_study { "" } else { k.as_str() };
+                let key = if k == "verdict" && verdict_of_study {
+                    ""
+                } else {
+                    k.as_str()
+                };
                 poison(v, text, key);
             }
         }
@@ -134,7 +160,11 @@ fn hostile_text_is_text() {
             assert!(!html.contains(never), "{never}");
         }
         // it is shown, escaped, in many places
-        assert!(html.matches("zq").count() > 60, "{hostile}: {}", html.matches("zq").count());
+        assert!(
+            html.matches("zq").count() > 60,
+            "{hostile}: {}",
+            html.matches("zq").count()
+        );
         for attribute in attributes(&html) {
             assert!(!attribute.starts_with("on"), "{attribute}");
         }
@@ -162,7 +192,8 @@ proptest::proptest! {
     #[test]
     fn text_never_becomes_an_element(text in "[a-z<>&\"'/=!\\[\\]\u{0}-\u{7f}\u{202e}\u{1f600}-]{0,40}") {
         let plain = page(&poisoned("zq"));
-        let hostile = page(&poisoned(&text));
+        // "zq" in both: no string is a name that the page knows, such as a metric's
+        let hostile = page(&poisoned(&format!("zq{text}")));
         let count = |html: &str, what: &str| html.matches(what).count();
         for element in ["<script", "<style", "<article", "<svg", "<details", "<table", "<pre"] {
             proptest::prop_assert_eq!(count(&plain, element), count(&hostile, element), "{}", element);
@@ -181,12 +212,21 @@ fn what_is_missing_does_no_harm() {
         ("two arms", |r| r.arms.truncate(2)),
         ("arms", |r| r.arms.clear()),
         ("replies", |r| r.replies.clear()),
-        ("an arm's replies", |r| r.replies.iter_mut().for_each(|r| r.replies.truncate(1))),
+        ("an arm's replies", |r| {
+            r.replies.iter_mut().for_each(|r| r.replies.truncate(1))
+        }),
         ("categories", |r| r.categories.clear()),
         ("quality", |r| (r.sae.chat, r.sae.text) = (None, None)),
         ("stages", |r| r.stages.clear()),
-        ("evidence", |r| r.discovery.features.iter_mut().for_each(|f| f.evidence = Default::default())),
-        ("metrics", |r| r.arms.iter_mut().for_each(|a| a.metrics.clear())),
+        ("evidence", |r| {
+            r.discovery
+                .features
+                .iter_mut()
+                .for_each(|f| f.evidence = Default::default())
+        }),
+        ("metrics", |r| {
+            r.arms.iter_mut().for_each(|a| a.metrics.clear())
+        }),
     ];
     for (what, remove) in nothing {
         let mut record = sample();
@@ -214,7 +254,9 @@ fn what_is_no_number_is_a_dash() {
     let mut record = sample();
     for arm in &mut record.arms {
         arm.metrics.iter_mut().for_each(|m| m.estimate = nan);
-        arm.versus_base.iter_mut().for_each(|d| (d.estimate, d.p) = (nan, f64::NAN));
+        arm.versus_base
+            .iter_mut()
+            .for_each(|d| (d.estimate, d.p) = (nan, f64::NAN));
     }
     for p in &mut record.tune.sweep {
         (p.refusal_unsafe, p.refusal_safe, p.kl, p.value) = (nan, nan, f64::NAN, f64::NAN);
@@ -225,7 +267,9 @@ fn what_is_no_number_is_a_dash() {
     }
     for f in &mut record.discovery.features {
         f.evidence.density = Some(f64::NAN);
-        f.top_activations.iter_mut().for_each(|a| a.acts.fill(f32::NAN));
+        f.top_activations
+            .iter_mut()
+            .for_each(|a| a.acts.fill(f32::NAN));
     }
     record.replies[0].replies[0].logodds = f32::NAN;
     record.wall_s = f64::NAN;
