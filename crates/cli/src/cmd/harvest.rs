@@ -38,7 +38,7 @@ pub struct Args {
     /// At most this many prompts.
     #[arg(long, default_value_t = 1000)]
     limit: usize,
-    /// Where to write `activations` [n, d_model] and `tokens` [n]; a .json beside it holds the rest.
+    /// Where to write `activations [n, d_model]` and `tokens [n]`; a .json beside it holds the rest.
     #[arg(long, short, default_value = "activations.safetensors")]
     out: PathBuf,
 }
