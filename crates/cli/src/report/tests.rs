@@ -203,7 +203,8 @@ proptest::proptest! {
 
 #[test]
 fn what_is_missing_does_no_harm() {
-    let nothing: [(&str, fn(&mut Record)); 14] = [
+    type Removal = (&'static str, fn(&mut Record));
+    let nothing: [Removal; 14] = [
         ("features", |r| r.discovery.features.clear()),
         ("sweep", |r| r.tune.sweep.clear()),
         ("curve", |r| r.sae.curve.clear()),
