@@ -21,6 +21,14 @@ const MAX_BYTES: u64 = 512 << 20;
 /// As for GGUF: an id beyond this is no id.
 const MAX_TOKENS: u32 = 1 << 22;
 
+/// What is looked at before the file is read as a whole.
+#[derive(serde::Deserialize)]
+struct Parts {
+    normalizer: Option<Value>,
+    #[serde(rename = "decoder")]
+    _decoder: Option<Value>,
+}
+
 /// See [`Tokenizer::from_file`].
 pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     let name = path.display().to_string();
@@ -30,6 +38,18 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         return Err(broken(format!("{size} bytes; the limit is {MAX_BYTES}")));
     }
     let bytes = fs::read(path).map_err(|e| broken(e.to_string()))?;
+    // The crate that reads the file panics on a decoder that is not JSON and on a broken charsmap.
+    let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))?;
+    let normalizers = parts
+        .normalizer
+        .as_ref()
+        .map(type_names)
+        .unwrap_or_default();
+    if normalizers.contains("Precompiled") {
+        return Err(broken(
+            "the normalizer is Precompiled, which goes with Unigram models only".into(),
+        ));
+    }
     let file = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
     let ModelWrapper::BPE(bpe) = file.get_model() else {
         return Err(broken(
