@@ -27,6 +27,12 @@ struct Parts {
     normalizer: Option<Value>,
     #[serde(rename = "decoder")]
     _decoder: Option<Value>,
+    model: PartsOfModel,
+}
+
+#[derive(serde::Deserialize)]
+struct PartsOfModel {
+    continuing_subword_prefix: Option<String>,
 }
 
 /// See [`Tokenizer::from_file`].
@@ -38,7 +44,8 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         return Err(broken(format!("{size} bytes; the limit is {MAX_BYTES}")));
     }
     let bytes = fs::read(path).map_err(|e| broken(e.to_string()))?;
-    // The crate that reads the file panics on a decoder that is not JSON and on a broken charsmap.
+    // The crate that reads the file panics on a decoder that is not JSON, on a broken charsmap, and
+    // on a merge that is shorter than the prefix.
     let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))?;
     let normalizers = parts
         .normalizer
@@ -48,6 +55,12 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     if normalizers.contains("Precompiled") {
         return Err(broken(
             "the normalizer is Precompiled, which goes with Unigram models only".into(),
+        ));
+    }
+    let prefix = parts.model.continuing_subword_prefix.as_deref();
+    if prefix.is_some_and(|p| !p.is_empty()) {
+        return Err(broken(
+            "continuing_subword_prefix is set, which goes with WordPiece models only".into(),
         ));
     }
     let file = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
