@@ -1,21 +1,31 @@
 //! Statistics of discovery and evaluation. Formulas and sources are at each function.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Two-sided 95 % quantile of the normal distribution.
 const Z95: f64 = 1.959_963_984_540_054;
 
 /// An estimate with its 95 % interval and the number of observations.
+///
+/// One observation has no interval, and none has no estimate either. JSON knows neither NaN nor
+/// infinity: such a number is written as `null`, and `null` is read as NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The estimate.
+    #[serde(deserialize_with = "number_or_null")]
     pub value: f64,
     /// Lower end of the interval.
+    #[serde(deserialize_with = "number_or_null")]
     pub lo: f64,
     /// Upper end.
+    #[serde(deserialize_with = "number_or_null")]
     pub hi: f64,
     /// Observations.
     pub n: usize,
+}
+
+fn number_or_null<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(d)?.unwrap_or(f64::NAN))
 }
 
 /// A proportion with Wilson's score interval (Wilson 1927):
@@ -268,6 +278,27 @@ pub fn holm(p: &[f64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_estimate_without_an_interval_can_be_read_again() {
+        for (estimate, known) in [
+            (mean(&[2.5]), true),
+            (mean(&[]), false),
+            (wilson(0, 0), false),
+        ] {
+            let text = serde_json::to_string(&estimate).unwrap();
+            let again: Estimate = serde_json::from_str(&text).unwrap();
+            assert_eq!(
+                (again.n, again.value.is_finite()),
+                (estimate.n, known),
+                "{text}"
+            );
+        }
+        assert!(serde_json::from_str::<Estimate>(r#"{"value": 1, "lo": 0, "n": 1}"#).is_err());
+        let whole = wilson(3, 7);
+        let text = serde_json::to_string(&whole).unwrap();
+        assert_eq!(serde_json::from_str::<Estimate>(&text).unwrap(), whole);
+    }
 
     #[track_caller]
     fn close(found: f64, expected: f64, tolerance: f64) {

@@ -121,6 +121,19 @@ fn stages_are_reused_and_redone() {
     assert_ne!(place.record("runs"), first);
 }
 
+/// One passage has a mean and no interval: the record can be read all the same.
+#[test]
+fn a_figure_without_an_interval() {
+    let place = Place::new();
+    let args = ["study", "tiny.toml", "--runs", "runs"];
+    let one = ["--set", "evaluate.passages=1", "--json"];
+    let json = place.run([&args[..], &one].concat()).succeeded().json();
+    let rows = json["rows"].as_array().unwrap();
+    let kl = rows.iter().find(|r| r["metric"] == "kl").unwrap();
+    assert!(kl["value"].is_number() && kl["lo"].is_null(), "{kl}");
+    place.run(["report", "runs/tiny"]).succeeded();
+}
+
 #[test]
 fn a_dry_run_writes_nothing() {
     let place = Place::new();
