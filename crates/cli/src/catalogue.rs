@@ -62,11 +62,13 @@ impl Entry {
         })
     }
 
-    /// Whether the cache holds it whole: files are renamed into place only when complete.
+    /// Whether the cache holds it whole: files are renamed into place only when complete, and one
+    /// that was cut since has not its length.
     pub fn is_cached(&self) -> Result<bool> {
         let path = self.cached_path()?;
         Ok(match (&self.file, &self.hub) {
-            (Some(_), _) => path.is_file(),
+            (Some(_), _) => std::fs::metadata(path)
+                .is_ok_and(|m| m.is_file() && self.bytes.is_none_or(|bytes| m.len() == bytes)),
             (None, Some(hub)) => hub.files.iter().all(|f| path.join(f).is_file()),
             (None, None) => false,
         })
