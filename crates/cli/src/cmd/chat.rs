@@ -71,6 +71,9 @@ pub fn steering(
     Ok(Some(Arc::new(compiled)))
 }
 
+/// A name, what edits the residual, the conversation so far.
+type Column = (&'static str, Option<Arc<dyn Intervention>>, Vec<Message>);
+
 pub fn run(args: Args) -> Result<()> {
     let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
     args.common.template(&mut loaded)?;
@@ -92,7 +95,7 @@ pub fn run(args: Args) -> Result<()> {
         .map(|s| message("system", s.clone()))
         .collect();
     // One conversation a column: each sees its own replies.
-    let mut columns: Vec<(&str, Option<Arc<dyn Intervention>>, Vec<Message>)> = Vec::new();
+    let mut columns: Vec<Column> = Vec::new();
     if plan.is_none() || args.side_by_side {
         columns.push(("base", None, system.clone()));
     }

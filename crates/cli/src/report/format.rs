@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(count(999u32), "999");
         assert_eq!(figure(12_345.6), "12,346");
         assert_eq!(figure(0.01234), "0.0123");
-        assert_eq!(figure(-3.14159), "−3.14");
+        assert_eq!(figure(-3.138), "−3.14");
         assert_eq!(rate(0.3834, 60), "38\u{a0}%");
         assert_eq!(rate(0.3834, 2000), "38.3\u{a0}%");
         assert_eq!(percent(0.0123), "1.2\u{a0}%");

@@ -202,7 +202,8 @@ proptest::proptest! {
 
 #[test]
 fn what_is_missing_does_no_harm() {
-    let nothing: [(&str, fn(&mut Record)); 14] = [
+    type Change = fn(&mut Record);
+    let nothing: [(&str, Change); 14] = [
         ("features", |r| r.discovery.features.clear()),
         ("sweep", |r| r.tune.sweep.clear()),
         ("curve", |r| r.sae.curve.clear()),

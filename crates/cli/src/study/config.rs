@@ -161,7 +161,7 @@ pub struct TrainConfig {
 }
 
 /// The prompts of discovery, tuning and test.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PromptConfig {
     /// A JSONL file of prompts with `label` and `split`; the shipped pairs, if absent.
@@ -329,18 +329,6 @@ impl Default for TrainConfig {
             lr: None,
             auxk_alpha: 1.0 / 32.0,
             warmup_steps: 100,
-        }
-    }
-}
-
-impl Default for PromptConfig {
-    fn default() -> Self {
-        Self {
-            file: None,
-            discovery: 0,
-            validation: 0,
-            test: 0,
-            system: None,
         }
     }
 }
