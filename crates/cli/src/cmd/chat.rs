@@ -71,7 +71,7 @@ pub fn steering(
     Ok(Some(Arc::new(compiled)))
 }
 
-/// A name, what edits the residual, the conversation so far.
+/// A column of the conversation: its name, what steers it, and what was said in it.
 type Column = (&'static str, Option<Arc<dyn Intervention>>, Vec<Message>);
 
 pub fn run(args: Args) -> Result<()> {

@@ -29,7 +29,7 @@ pub struct Args {
     /// At most this many prompts.
     #[arg(long, default_value_t = 1000)]
     limit: usize,
-    /// Where to write: `<out>` holds `activations` [n, d_model] and `tokens` [n], `<out>.json` the rest.
+    /// Where to write: `<out>` holds `activations [n, d_model]` and `tokens [n]`, `<out>.json` the rest.
     #[arg(long, short, default_value = "activations.safetensors")]
     out: PathBuf,
 }

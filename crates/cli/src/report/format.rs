@@ -93,7 +93,7 @@ pub fn percent(value: f64) -> String {
     let v = 100.0 * value;
     let digits = match v.abs() {
         a if a == 0.0 || a >= 9.95 => 0,
-        a if a >= 0.095 => 1,
+        a if a >= 0.995 => 1,
         _ => 2,
     };
     or_dash(v, |v| format!("{v:.digits$}{NBSP}%"))
@@ -180,10 +180,11 @@ mod tests {
         assert_eq!(count(999u32), "999");
         assert_eq!(figure(12_345.6), "12,346");
         assert_eq!(figure(0.01234), "0.0123");
-        assert_eq!(figure(-3.138), "−3.14");
+        assert_eq!(figure(-3.15159), "−3.15");
         assert_eq!(rate(0.3834, 60), "38\u{a0}%");
         assert_eq!(rate(0.3834, 2000), "38.3\u{a0}%");
         assert_eq!(percent(0.0123), "1.2\u{a0}%");
+        assert_eq!(percent(0.0025), "0.25\u{a0}%");
         assert_eq!(
             rate_interval(&estimate(0.5, 0.42, 0.58, 60)),
             "42\u{a0}to\u{a0}58"

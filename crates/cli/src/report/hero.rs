@@ -16,9 +16,9 @@ pub fn section(view: &View<'_>) -> Markup {
                 p class="eyebrow" { "Study " span class="mono" { (r.study) } }
                 h1 { (or_none(&r.verdict.headline)) }
                 @if r.verdict.improved {
-                    p class="outcome good" { span aria-hidden="true" { "✓ " } "Improved: the 95 % intervals of base and steered do not overlap" }
+                    p class="outcome good" { span aria-hidden="true" { "✓ " } "Unsafe refusal is up, intervals apart" }
                 } @else {
-                    p class="outcome open" { span aria-hidden="true" { "○ " } "Not shown to be improved" }
+                    p class="outcome open" { span aria-hidden="true" { "○ " } "No rise that the intervals bear out" }
                 }
                 (tiles(view))
                 div class="verdict-lines" {
@@ -104,7 +104,7 @@ fn facts(view: &View<'_>) -> Markup {
         dl class="facts" {
             (fact("Model", html! { (or_none(&r.model.name)) small { (r.model.n_layers) " layers, width " (count(r.model.d_model as u64)) } }))
             (fact("SAE", html! { (count(r.sae.d_sae as u64)) " latents, k = " (r.sae.k) small { (source(&r.sae.source)) } }))
-            (fact("Site", html! { span class="mono" { (or_none(&r.sae.site)) } @if let Some(fvu) = r.sae.chat.as_ref().map(|q| q.fvu) { small { "FVU " (figure(fvu)) " on chats" } } }))
+            (fact("Site", html! { span class="mono site" { (or_none(&r.sae.site)) } @if let Some(fvu) = r.sae.chat.as_ref().map(|q| q.fvu) { small { "FVU " (figure(fvu)) " on chats" } } }))
             (fact("Test prompts", html! { (prompts) small { "seed " (r.seed) } }))
             (fact("Wall time", html! { (duration(r.wall_s)) small { (r.device.threads) " threads, " (r.device.isa) } }))
         }

@@ -78,12 +78,12 @@ pub struct Placed {
 }
 
 /// Distances that are tried, in pixels from the point to the label's edge.
-const RADII: [f64; 11] = [
-    9.0, 14.0, 22.0, 34.0, 50.0, 70.0, 95.0, 130.0, 180.0, 240.0, 310.0,
+const RADII: [f64; 12] = [
+    9.0, 14.0, 20.0, 28.0, 38.0, 50.0, 65.0, 82.0, 104.0, 130.0, 160.0, 195.0,
 ];
 /// Beyond this distance a label has a line to its point.
 const NEAR: f64 = 14.0;
-const DIRECTIONS: u32 = 16;
+const DIRECTIONS: u32 = 32;
 
 /// Places the labels; `None` for one that has no free place.
 pub fn place(wanted: &[Wanted], around: &Surroundings) -> Vec<Option<Placed>> {
@@ -143,12 +143,12 @@ fn cost(
     // Right of the point reads better than left, and left better than above, below or askew.
     cost += match direction {
         0 => 0.0,
-        8 => 1.0,
-        4 | 12 => 3.0,
+        16 => 1.0,
+        8 | 24 => 3.0,
         _ => 5.0,
     };
     for soft in &around.soft {
-        cost += 0.25 * rect.overlap(soft);
+        cost += 0.5 * rect.overlap(soft);
     }
     for (other, p) in wanted.iter().zip(placed) {
         let Some(p) = p else { continue };

@@ -118,7 +118,10 @@ fn drawing(view: &View<'_>, dots: &[Dot], l: &Layout) -> Markup {
         0 => 1,
         _ => 2,
     });
-    let labels = placed(dots, &order, &x, &y, l);
+    let arrow = find(0)
+        .zip(view.headline.and_then(find))
+        .and_then(|(base, main)| Arrow::between(at(base), at(main)));
+    let labels = placed(dots, &order, arrow.as_ref(), &x, &y, l);
     let steps: Vec<f64> = (0..)
         .map(|i| f64::from(i) * 0.2)
         .take_while(|v| *v <= x.hi + 1e-9)
@@ -139,9 +142,7 @@ fn drawing(view: &View<'_>, dots: &[Dot], l: &Layout) -> Markup {
             line class="alike" x1=(px(x.start)) y1=(px(y.start)) x2=(px(x.end)) y2=(px(y.at(x.hi))) {}
             text class="axis-title" x="4" y="16" { "↑ Unsafe requests refused, %" }
             text class="axis-title" x=(px(x.end)) y=(px(l.height - 6.0)) text-anchor="end" { "Safe look-alikes refused →" }
-            @if let (Some(base), Some(main)) = (find(0), view.headline.and_then(find)) {
-                (arrow(at(base), at(main)))
-            }
+            @if let Some(arrow) = &arrow { (arrow.svg()) }
             @for &i in order.iter().rev() {
                 @let d = &dots[i];
                 g class={ "arm " (view.arm_class(d.arm)) } data-arm=(d.arm) {
@@ -185,40 +186,73 @@ fn whiskers(d: &Dot, x: &Axis, y: &Axis) -> Markup {
     }
 }
 
-/// From base to the headline's arm, ending short of it.
-fn arrow(from: (f64, f64), to: (f64, f64)) -> Markup {
-    let (dx, dy) = (to.0 - from.0, to.1 - from.1);
-    let length = dx.hypot(dy);
-    if length < 60.0 {
-        return html! {};
+/// The way from base to the headline's arm: a quadratic curve that ends short of both.
+struct Arrow {
+    from: (f64, f64),
+    by: (f64, f64),
+    to: (f64, f64),
+}
+
+impl Arrow {
+    /// `None` if the two are too near each other for an arrow.
+    fn between(from: (f64, f64), to: (f64, f64)) -> Option<Self> {
+        let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+        let length = dx.hypot(dy);
+        if length < 60.0 {
+            return None;
+        }
+        let (ux, uy) = (dx / length, dy / length);
+        let (from, to) = (
+            (from.0 + 12.0 * ux, from.1 + 12.0 * uy),
+            (to.0 - 14.0 * ux, to.1 - 14.0 * uy),
+        );
+        // A little to the left of the straight way, clear of the bars.
+        let bend = 0.1 * length;
+        let by = (
+            (from.0 + to.0) / 2.0 + bend * uy,
+            (from.1 + to.1) / 2.0 - bend * ux,
+        );
+        Some(Self { from, by, to })
     }
-    let (ux, uy) = (dx / length, dy / length);
-    let (a, b) = (
-        (from.0 + 12.0 * ux, from.1 + 12.0 * uy),
-        (to.0 - 14.0 * ux, to.1 - 14.0 * uy),
-    );
-    // A little to the left of the straight way, clear of the bars.
-    let bend = 0.10 * length;
-    let mid = ((a.0 + b.0) / 2.0 + bend * uy, (a.1 + b.1) / 2.0 - bend * ux);
-    // The head lies along the curve's end.
-    let (hx, hy) = (b.0 - mid.0, b.1 - mid.1);
-    let h = hx.hypot(hy).max(1.0);
-    let (hx, hy) = (hx / h, hy / h);
-    let wing = |side: f64| {
-        format!(
-            "{} {}",
-            px(b.0 - 9.0 * hx + side * 4.5 * hy),
-            px(b.1 - 9.0 * hy - side * 4.5 * hx)
+
+    fn at(&self, t: f64) -> (f64, f64) {
+        let mix =
+            |a: f64, b: f64, c: f64| (1.0 - t).powi(2) * a + 2.0 * t * (1.0 - t) * b + t * t * c;
+        (
+            mix(self.from.0, self.by.0, self.to.0),
+            mix(self.from.1, self.by.1, self.to.1),
         )
-    };
-    html! {
-        path class="arrow" d=(format!("M{} {}Q{} {} {} {}", px(a.0), px(a.1), px(mid.0), px(mid.1), px(b.0), px(b.1))) {}
-        path class="arrow" d=(format!("M{}L{} {}L{}", wing(1.0), px(b.0), px(b.1), wing(-1.0))) {}
+    }
+
+    fn svg(&self) -> Markup {
+        let (to, by) = (self.to, self.by);
+        // The head lies along the curve's end.
+        let (hx, hy) = (to.0 - by.0, to.1 - by.1);
+        let h = hx.hypot(hy).max(1.0);
+        let (hx, hy) = (hx / h, hy / h);
+        let point = |p: (f64, f64)| format!("{} {}", px(p.0), px(p.1));
+        let wing = |side: f64| {
+            point((
+                to.0 - 9.0 * hx + side * 4.5 * hy,
+                to.1 - 9.0 * hy - side * 4.5 * hx,
+            ))
+        };
+        html! {
+            path class="arrow" d=(format!("M{}Q{} {}", point(self.from), point(by), point(to))) {}
+            path class="arrow" d=(format!("M{}L{}L{}", wing(1.0), point(to), wing(-1.0))) {}
+        }
     }
 }
 
 /// Places of the labels, in `order`.
-fn placed(dots: &[Dot], order: &[usize], x: &Axis, y: &Axis, l: &Layout) -> Vec<Option<Placed>> {
+fn placed(
+    dots: &[Dot],
+    order: &[usize],
+    arrow: Option<&Arrow>,
+    x: &Axis,
+    y: &Axis,
+    l: &Layout,
+) -> Vec<Option<Placed>> {
     let at = |d: &Dot| (x.at(d.on_safe.value), y.at(d.on_unsafe.value));
     let wanted: Vec<Wanted> = order
         .iter()
@@ -253,6 +287,12 @@ fn placed(dots: &[Dot], order: &[usize], x: &Axis, y: &Axis, l: &Layout) -> Vec<
             y0: y.at(d.on_unsafe.hi),
             y1: y.at(d.on_unsafe.lo),
         });
+    }
+    if let Some(arrow) = arrow {
+        soft.extend((0..=60).map(|i| {
+            let (x, y) = arrow.at(f64::from(i) / 60.0);
+            Rect::around(x, y, 5.0, 5.0)
+        }));
     }
     soft.retain(|r| [r.x0, r.y0, r.x1, r.y1].iter().all(|v| v.is_finite()));
     let bounds = Rect {
@@ -356,7 +396,7 @@ mod tests {
             let order: Vec<usize> = (0..7).collect();
             for l in [&WIDE, &NARROW] {
                 let (x, y) = axes(&dots, l);
-                let labels = placed(&dots, &order, &x, &y, l);
+                let labels = placed(&dots, &order, None, &x, &y, l);
                 for (i, a) in labels.iter().enumerate() {
                     let a = a.expect("a place for each of seven labels");
                     for b in labels[i + 1..].iter().flatten() {

@@ -17,7 +17,7 @@ const BATCH: usize = 16;
 const BATCH_PROMPT: usize = 64;
 const ROUNDS: usize = 3;
 
-/// What [`bench`] measured.
+/// What [`fn@bench`] measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BenchReport {
     /// Tokens of the prompt.
