@@ -30,7 +30,7 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         return Err(broken(format!("{size} bytes; the limit is {MAX_BYTES}")));
     }
     let bytes = fs::read(path).map_err(|e| broken(e.to_string()))?;
-    let file = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
+    let file = parse(&bytes).map_err(&broken)?;
     let ModelWrapper::BPE(bpe) = file.get_model() else {
         return Err(broken(
             "the model is not BPE, the only one that is supported".into(),
@@ -107,6 +107,32 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         eos: Vec::new(),
     };
     with_sidecars(tokenizer, path, template_bos)
+}
+
+/// Reads the pipeline, after a look for what makes the `tokenizers` crate panic instead of failing:
+/// text that is not JSON inside of a decoder, and a `Precompiled` normaliser that is broken. The latter
+/// belongs to Unigram models, which are not supported in any case.
+fn parse(bytes: &[u8]) -> std::result::Result<tokenizers::Tokenizer, String> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if let Some(normalizer) = value.get("normalizer")
+        && has_precompiled(normalizer)
+    {
+        return Err("the normalizer is of the type Precompiled, which is not supported".into());
+    }
+    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())
+}
+
+/// Whether a normaliser, or one in a sequence of them, is `Precompiled`, by its type or its only key.
+fn has_precompiled(value: &Value) -> bool {
+    match value {
+        Value::Object(map) => {
+            map.get("type").is_some_and(|t| t == "Precompiled")
+                || map.contains_key("precompiled_charsmap")
+                || map.values().any(has_precompiled)
+        }
+        Value::Array(list) => list.iter().any(has_precompiled),
+        _ => false,
+    }
 }
 
 fn is_control(token: &AddedToken) -> bool {
@@ -233,4 +259,37 @@ fn leading_special(post_processor: &impl serde::Serialize) -> Option<String> {
         }
     }
     find(&serde_json::to_value(post_processor).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+        "normalizer": {"type": "NFC"}, "decoder": {"type": "ByteLevel", "add_prefix_space": false,
+        "trim_offsets": true, "use_regex": true}}"#;
+
+    #[track_caller]
+    fn refused(from: &str, to: &str, expect: &str) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        fs::write(&path, GOOD).unwrap();
+        Tokenizer::from_file(&path).unwrap();
+        assert!(GOOD.contains(from), "the case changes nothing");
+        fs::write(&path, GOOD.replace(from, to)).unwrap();
+        let message = Tokenizer::from_file(&path).unwrap_err().to_string();
+        assert!(message.contains(expect), "{message}");
+    }
+
+    /// Found by the fuzzer, and what lies beside it.
+    #[test]
+    fn what_makes_the_tokenizers_crate_panic_is_an_error() {
+        refused(r#""ByteLevel""#, "teB", "expected ident");
+        refused(r#""NFC""#, r#""Precompiled""#, "Precompiled");
+        refused(
+            r#"{"type": "NFC"}"#,
+            r#"{"type": "Sequence", "normalizers": [{"precompiled_charsmap": "AAAA"}]}"#,
+            "Precompiled",
+        );
+    }
 }
