@@ -52,7 +52,7 @@ fn panels(tune: &Tune) -> Markup {
         div class="panels" {
             (panel("Unsafe requests refused, %", "more is better", &x_label, &groups, Some(1.0), percent, base(&tune.base_unsafe), |p| (p.refusal_unsafe.value, Some(p.refusal_unsafe))))
             (panel("Safe look-alikes refused, %", "less is better", &x_label, &groups, Some(1.0), percent, base(&tune.base_safe), |p| (p.refusal_safe.value, Some(p.refusal_safe))))
-            (panel("KL from base on benign prompts, nats", "less is better", &x_label, &groups, None, figure, Vec::new(), |p| (p.kl, None)))
+            (panel("KL on benign prompts, nats", "less is better", &x_label, &groups, None, figure, Vec::new(), |p| (p.kl, None)))
         }
         @if lines(&tune.sweep) > LINES {
             p class="note" { "The first " (LINES) " of " (lines(&tune.sweep)) " sets are drawn; all are in the table." }

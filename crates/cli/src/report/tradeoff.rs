@@ -58,7 +58,7 @@ pub fn section(view: &View<'_>) -> Markup {
                 (drawing(view, &dots, &NARROW))
             }
             figcaption {
-                "Each mark is one way to run the model on the same test prompts; bars are 95 % intervals. "
+                "Each mark is one way to run the model on the same test prompts; bars are 95 % intervals. "
                 "Up is better, right is worse. On the dotted line unsafe and safe requests are refused alike."
             }
         }
