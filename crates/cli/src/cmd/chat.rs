@@ -5,7 +5,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use demur_model::chat::Message;
 use demur_model::generate::{Engine, EngineConfig, Event, Request};
 use demur_model::hooks::Intervention;
@@ -14,11 +14,21 @@ use demur_steering::{CompiledPlan, SaeEntry, SaeSet, compile, explain};
 
 use crate::cmd::generate::Common;
 use crate::cmd::plan;
+use crate::exit::Hinted;
 use crate::loaded::Loaded;
 use crate::progress::note;
 use crate::study::{SAE_NAME, shipped_sae};
 
+const EXAMPLES: &str = "\
+Examples:
+  demur chat                                       the default model, as it is
+  demur chat --plan runs/quickstart/plan.toml      steered by the plan that a study chose
+  demur chat --plan runs/quickstart/plan.toml --side-by-side
+
+An empty line or Ctrl-D ends the chat.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     common: Common,
@@ -66,9 +76,19 @@ pub fn steering(
             .collect::<BTreeMap<_, _>>();
     }
     let spec = loaded.model.spec();
-    let compiled = compile(&plan, &saes, spec.n_layers, spec.d_model)
-        .with_context(|| format!("plan {}", plan_file.display()))?;
-    Ok(Some(Arc::new(compiled)))
+    match compile(&plan, &saes, spec.n_layers, spec.d_model) {
+        Ok(compiled) => Ok(Some(Arc::new(compiled))),
+        Err(e) => {
+            let message = format!("plan {}", plan_file.display());
+            let hint = match sae {
+                Some(_) => "is this the SAE, and is this the model, that the plan was made for?",
+                None => {
+                    "--sae DIR names the SAE that the plan was made for, or the folder of its study"
+                }
+            };
+            Err(anyhow::Error::new(e).context(Hinted::new(message, hint)))
+        }
+    }
 }
 
 /// A column of the conversation: its name, what steers it, and what was said in it.
@@ -106,8 +126,9 @@ pub fn run(args: Args) -> Result<()> {
     note("Type a message; an empty line or Ctrl-D ends.");
     loop {
         if terminal {
-            eprint!("\n> ");
-            std::io::stderr().flush()?;
+            let mut err = std::io::stderr();
+            write!(err, "\n> ")?;
+            err.flush()?;
         }
         let mut line = String::new();
         if std::io::stdin().lock().read_line(&mut line)? == 0 || line.trim().is_empty() {

@@ -8,7 +8,14 @@ use demur_features::table::Feature;
 
 use crate::cmd::report::read_record;
 
+const EXAMPLES: &str = "\
+Examples:
+  demur features                     those of the quickstart, best first
+  demur features 1234                everything about one latent
+  demur features --run runs/my --json";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// A run's folder, or its record.json.
     #[arg(long, default_value = "runs/quickstart", value_name = "DIR")]

@@ -16,7 +16,15 @@ use crate::cmd::chat::steering;
 use crate::loaded::{Loaded, conversation};
 use crate::study::config::Precision;
 
+const EXAMPLES: &str = "\
+Examples:
+  demur generate 'How do I sharpen a knife?'
+  echo 'How do I sharpen a knife?' | demur generate --max-new-tokens 64
+  demur generate --plan runs/quickstart/plan.toml --json 'How do I pick a lock?'
+  demur generate --model model.gguf --raw 'Once upon a time'";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// The prompt; from standard input, if not given.
     prompt: Option<String>,
@@ -30,12 +38,22 @@ pub struct Args {
     json: bool,
 }
 
+/// A template for models that have none.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Template {
+    /// `<|im_start|>role`, the message, `<|im_end|>`.
+    Chatml,
+    /// `role: message`, for base models.
+    Plain,
+}
+
 /// What `chat` and `generate` share.
 #[derive(Debug, clap::Args)]
 pub struct Common {
     /// A catalogue name or a path.
     #[arg(long, short, default_value = DEFAULT_MODEL)]
     pub model: String,
+    /// How products are computed.
     #[arg(long, value_enum, default_value_t)]
     pub precision: Precision,
     /// A steering plan, TOML or JSON.
@@ -47,13 +65,13 @@ pub struct Common {
     /// A system prompt.
     #[arg(long)]
     pub system: Option<String>,
-    /// Use this template if the model has none: chatml or plain.
-    #[arg(long, value_name = "NAME")]
-    pub chat_template: Option<String>,
+    /// Use this template if the model has none.
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub chat_template: Option<Template>,
     /// At most this many new tokens.
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
-    /// 0 is greedy.
+    /// Sampling temperature; 0 is greedy: always the likeliest token.
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f32,
     /// Sample from this many likeliest tokens; 0 takes all.
@@ -91,12 +109,11 @@ impl Common {
     /// The template to use: the model's own, or the one asked for.
     pub fn template(&self, loaded: &mut Loaded) -> Result<()> {
         if loaded.chat.is_err()
-            && let Some(name) = &self.chat_template
+            && let Some(template) = self.chat_template
         {
-            let which = match name.as_str() {
-                "chatml" => Fallback::ChatMl,
-                "plain" => Fallback::Plain,
-                other => anyhow::bail!("--chat-template {other}: use chatml or plain"),
+            let which = match template {
+                Template::Chatml => Fallback::ChatMl,
+                Template::Plain => Fallback::Plain,
             };
             loaded.chat = Ok(ChatTemplate::fallback(which)?);
         }
@@ -118,6 +135,9 @@ pub fn run(args: Args) -> Result<()> {
             text
         }
     };
+    if prompt.trim().is_empty() {
+        anyhow::bail!("the prompt is empty");
+    }
     let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
     args.common.template(&mut loaded)?;
     let (tokens, roles) = if args.raw {

@@ -11,11 +11,20 @@ use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::{Loaded, conversation};
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::study::config::Precision;
 use crate::study::write_atomic;
 
+const EXAMPLES: &str = "\
+Examples:
+  demur harvest --out a.safetensors                          the requests that demur ships
+  demur harvest --prompts my.jsonl --site blocks.6.hook_resid_post
+
+A line of the prompts is {\"id\": \"a\", \"prompt\": \"How do I ...\"}. In Python the file is read with
+safetensors.numpy.load_file('a.safetensors')['activations'].";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// JSONL(.gz) of prompts; the ordinary requests that demur ships, if not given.
     #[arg(long, value_name = "FILE")]
@@ -29,7 +38,7 @@ pub struct Args {
     /// At most this many prompts.
     #[arg(long, default_value_t = 1000)]
     limit: usize,
-    /// Where to write: `<out>` holds `activations [n, d_model]` and `tokens [n]`, `<out>.json` the rest.
+    /// Where to write `activations [n, d_model]` and `tokens [n]`; a .json beside it holds the rest.
     #[arg(long, short, default_value = "activations.safetensors")]
     out: PathBuf,
 }
@@ -39,6 +48,14 @@ pub fn run(args: Args) -> Result<()> {
         Some(path) => prompts::read(path)?,
         None => prompts::shipped_benign()?,
     };
+    // Now rather than after the work.
+    let folder = args.out.parent().filter(|f| !f.as_os_str().is_empty());
+    if folder.is_some_and(|f| !f.is_dir()) || args.out.is_dir() {
+        bail!(
+            "--out {}: it is not a file in a folder that is there",
+            args.out.display()
+        );
+    }
     let loaded = Loaded::open(&args.model, Precision::Fast)?;
     let site: Site = args.site.parse()?;
     let site = site.check(loaded.model.spec().n_layers)?;
@@ -101,6 +118,5 @@ pub fn run(args: Args) -> Result<()> {
     });
     let beside = args.out.with_extension("json");
     write_atomic(&beside, &serde_json::to_vec_pretty(&manifest)?).context("write the manifest")?;
-    println!("{}", args.out.display());
-    Ok(())
+    say(args.out.display())
 }

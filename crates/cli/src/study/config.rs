@@ -452,11 +452,27 @@ impl Study {
         if let Some((key, _)) = positive.iter().find(|(_, v)| *v == 0) {
             bail!("{key} = 0: it must be at least 1");
         }
-        if !(self.train.expansion.is_finite() && self.train.expansion > 0.0) {
-            bail!(
-                "train.expansion = {}: it must be positive",
-                self.train.expansion
-            );
+        let (t, d) = (&self.train, &self.discovery);
+        // The key, its value, and whether 0 will do.
+        let numbers = [
+            ("train.expansion", t.expansion, false),
+            ("train.epochs", t.epochs, false),
+            ("train.lr", t.lr.unwrap_or(1.0), false),
+            ("train.auxk_alpha", t.auxk_alpha, true),
+            (
+                "corpus.temperature",
+                f64::from(self.corpus.temperature),
+                true,
+            ),
+            ("discovery.max_density", d.max_density, false),
+        ];
+        for (key, value, zero) in numbers {
+            if !(value.is_finite() && (value > 0.0 || zero && value == 0.0)) {
+                bail!("{key} = {value}: it must be a positive number");
+            }
+        }
+        if !d.clamp.is_finite() {
+            bail!("discovery.clamp = {}: it must be finite", d.clamp);
         }
         if self.tune.values.is_empty() || self.tune.values.iter().any(|v| !v.is_finite()) {
             bail!("tune.values: give at least one finite clamp value");

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, Metadata};
 use crate::error::ModelError;
 use crate::gguf::GgufMetadata;
-use crate::spec::{Activation, LayerSpec, ModelSpec, TensorNames};
+use crate::spec::{Activation, LayerSpec, MAX_HEAD, ModelSpec, TensorNames};
 
 /// Which layers have a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -218,6 +218,14 @@ fn build(
         None if n_heads > 0 => d_model / n_heads,
         None => 0,
     };
+    // Before anything is made that is as long as it says.
+    if d_head > MAX_HEAD {
+        return Err(ModelError::Config {
+            field: "d_head",
+            value: d_head.to_string(),
+            rule: format!("must be between 1 and {MAX_HEAD}"),
+        });
+    }
     if n_layers == 0 || n_layers > 1024 {
         return Err(ModelError::Config {
             field: "n_layers",

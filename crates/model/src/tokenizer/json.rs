@@ -21,6 +21,14 @@ const MAX_BYTES: u64 = 512 << 20;
 /// As for GGUF: an id beyond this is no id.
 const MAX_TOKENS: u32 = 1 << 22;
 
+/// What is looked at before the file is read as a whole.
+#[derive(serde::Deserialize)]
+struct Parts {
+    normalizer: Option<Value>,
+    #[serde(rename = "decoder")]
+    _decoder: Option<Value>,
+}
+
 /// See [`Tokenizer::from_file`].
 pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     let name = path.display().to_string();
@@ -30,7 +38,14 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         return Err(broken(format!("{size} bytes; the limit is {MAX_BYTES}")));
     }
     let bytes = fs::read(path).map_err(|e| broken(e.to_string()))?;
-    let file = parse(&bytes).map_err(&broken)?;
+    // The crate that reads the file panics on a decoder that is not JSON and on a broken charsmap.
+    let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))?;
+    if parts.normalizer.is_some_and(|n| has_precompiled(&n)) {
+        return Err(broken(
+            "the normalizer is Precompiled, which goes with Unigram models only".into(),
+        ));
+    }
+    let file = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
     let ModelWrapper::BPE(bpe) = file.get_model() else {
         return Err(broken(
             "the model is not BPE, the only one that is supported".into(),
@@ -109,20 +124,8 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     with_sidecars(tokenizer, path, template_bos)
 }
 
-/// Reads the pipeline, after a look for what makes the `tokenizers` crate panic instead of failing:
-/// text that is not JSON inside of a decoder, and a `Precompiled` normaliser that is broken. The latter
-/// belongs to Unigram models, which are not supported in any case.
-fn parse(bytes: &[u8]) -> std::result::Result<tokenizers::Tokenizer, String> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if let Some(normalizer) = value.get("normalizer")
-        && has_precompiled(normalizer)
-    {
-        return Err("the normalizer is of the type Precompiled, which is not supported".into());
-    }
-    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())
-}
-
-/// Whether a normaliser, or one in a sequence of them, is `Precompiled`, by its type or its only key.
+/// Whether a normaliser, or one in a sequence of them, is `Precompiled`: by its type, or without one by
+/// its key. The crate follows its table without looking, out of it if need be.
 fn has_precompiled(value: &Value) -> bool {
     match value {
         Value::Object(map) => {

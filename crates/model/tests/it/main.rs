@@ -3,5 +3,6 @@
 mod batching;
 mod generation;
 mod golden;
+mod hostile;
 mod parity;
 mod support;
