@@ -4,6 +4,10 @@ use super::BLOCK;
 use crate::dispatch::{Isa, isa};
 use crate::pool;
 
+/// A block whose largest magnitude is not above this is zero: `127 / largest` would come near
+/// infinity, which no integer holds.
+const TINY: f32 = 1e-36;
+
 /// One block of activations as a kernel reads it: everything at small offsets from one pointer.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -64,7 +68,7 @@ fn quantise(x: &[f32], out: &mut [XBlock]) {
             }
         }
         let largest = lanes.iter().copied().fold(0.0, f32::max);
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let inverse = if largest > TINY { 127.0 / largest } else { 0.0 };
         let mut rounded = [0i32; BLOCK];
         for i in 0..BLOCK {
             // The magnitude is at most 127; NaN becomes 0.
@@ -109,7 +113,7 @@ fn quantise_avx512(x: &[f32], out: &mut [XBlock]) {
         // Of a NaN and a number, `vmaxps` takes its second operand: NaN is passed over.
         let largest = _mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_setzero_ps());
         let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[1]), largest));
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let inverse = if largest > TINY { 127.0 / largest } else { 0.0 };
         let inverse = _mm512_set1_ps(inverse);
         let mut sums = [0i32; 2];
         for (h, v) in v.into_iter().enumerate() {
@@ -134,6 +138,26 @@ fn quantise_avx512(x: &[f32], out: &mut [XBlock]) {
 mod tests {
     use super::*;
     use crate::dispatch::on_every_isa;
+
+    #[test]
+    fn a_block_of_next_to_nothing_is_zero() {
+        // 127 / x is infinite from 3.7e-37 down, below that come the subnormal numbers.
+        for tiny in [3e-37, 1e-38, 1e-45] {
+            let mut x = [0.0; 64];
+            x[3] = -tiny;
+            x[40] = 1.0;
+            on_every_isa(|isa| {
+                let mut found = Activations::default();
+                found.round(&x, 64);
+                assert_eq!(
+                    (found.0[0].q, found.0[0].sum),
+                    ([0; 32], 0.0),
+                    "{isa:?} {tiny}"
+                );
+                assert_eq!((found.0[1].q[8], found.0[1].minus), (127, -127), "{isa:?}");
+            });
+        }
+    }
 
     #[test]
     fn every_isa_rounds_to_the_same_integers() {

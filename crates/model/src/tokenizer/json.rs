@@ -47,12 +47,7 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     // The crate that reads the file panics on a decoder that is not JSON, on a broken charsmap, and
     // on a merge that is shorter than the prefix.
     let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))?;
-    let normalizers = parts
-        .normalizer
-        .as_ref()
-        .map(type_names)
-        .unwrap_or_default();
-    if normalizers.contains("Precompiled") {
+    if parts.normalizer.is_some_and(|n| has_precompiled(&n)) {
         return Err(broken(
             "the normalizer is Precompiled, which goes with Unigram models only".into(),
         ));
@@ -140,6 +135,20 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
         eos: Vec::new(),
     };
     with_sidecars(tokenizer, path, template_bos)
+}
+
+/// Whether a normaliser, or one in a sequence of them, is `Precompiled`: by its type, or without one by
+/// its key. The crate follows its table without looking, out of it if need be.
+fn has_precompiled(value: &Value) -> bool {
+    match value {
+        Value::Object(map) => {
+            map.get("type").is_some_and(|t| t == "Precompiled")
+                || map.contains_key("precompiled_charsmap")
+                || map.values().any(has_precompiled)
+        }
+        Value::Array(list) => list.iter().any(has_precompiled),
+        _ => false,
+    }
 }
 
 fn is_control(token: &AddedToken) -> bool {
@@ -266,4 +275,37 @@ fn leading_special(post_processor: &impl serde::Serialize) -> Option<String> {
         }
     }
     find(&serde_json::to_value(post_processor).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+        "normalizer": {"type": "NFC"}, "decoder": {"type": "ByteLevel", "add_prefix_space": false,
+        "trim_offsets": true, "use_regex": true}}"#;
+
+    #[track_caller]
+    fn refused(from: &str, to: &str, expect: &str) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        fs::write(&path, GOOD).unwrap();
+        Tokenizer::from_file(&path).unwrap();
+        assert!(GOOD.contains(from), "the case changes nothing");
+        fs::write(&path, GOOD.replace(from, to)).unwrap();
+        let message = Tokenizer::from_file(&path).unwrap_err().to_string();
+        assert!(message.contains(expect), "{message}");
+    }
+
+    /// Found by the fuzzer, and what lies beside it.
+    #[test]
+    fn what_makes_the_tokenizers_crate_panic_is_an_error() {
+        refused(r#""ByteLevel""#, "teB", "expected ident");
+        refused(r#""NFC""#, r#""Precompiled""#, "Precompiled");
+        refused(
+            r#"{"type": "NFC"}"#,
+            r#"{"type": "Sequence", "normalizers": [{"precompiled_charsmap": "AAAA"}]}"#,
+            "Precompiled",
+        );
+    }
 }
