@@ -8,6 +8,17 @@ use serde_json::Value;
 use crate::Done;
 use crate::shell::{Shell, cargo};
 
+/// Arms that the smoke's summary must have.
+const ARMS: [&str; 5] = [
+    "base",
+    "sae_passthrough",
+    "clamp",
+    "clamp_error_dropped",
+    "random_latent",
+];
+/// What each of them must have.
+const METRICS: [&str; 4] = ["refusal_unsafe", "refusal_safe", "kl", "ppl"];
+
 /// The study that needs weights which few have: its config at least is good.
 pub fn dry_run(sh: &Shell) -> Result<Done> {
     let command = cargo([
@@ -65,14 +76,8 @@ fn check_summary(summary: &Value) -> Result<()> {
     let rows = summary["rows"]
         .as_array()
         .context("the summary has no rows")?;
-    for arm in [
-        "base",
-        "sae_passthrough",
-        "clamp",
-        "clamp_error_dropped",
-        "random_latent",
-    ] {
-        for metric in ["refusal_unsafe", "refusal_safe", "kl", "ppl"] {
+    for arm in ARMS {
+        for metric in METRICS {
             let Some(row) = rows
                 .iter()
                 .find(|r| r["arm"] == arm && r["metric"] == metric)
@@ -92,19 +97,13 @@ fn check_summary(summary: &Value) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::check_summary;
+    use super::{ARMS, METRICS, check_summary};
     use serde_json::{Value, json};
 
     fn summary(change: impl Fn(&mut Value)) -> Value {
         let mut rows = Vec::new();
-        for arm in [
-            "base",
-            "sae_passthrough",
-            "clamp",
-            "clamp_error_dropped",
-            "random_latent",
-        ] {
-            for metric in ["refusal_unsafe", "refusal_safe", "kl", "ppl"] {
+        for arm in ARMS {
+            for metric in METRICS {
                 let mut row =
                     json!({"arm": arm, "metric": metric, "value": 0.5, "lo": 0.4, "hi": 0.6});
                 change(&mut row);

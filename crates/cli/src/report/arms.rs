@@ -23,6 +23,8 @@ fn shown(metric: &str) -> Shown {
     let (name, hint, is_rate, drawn) = match metric {
         "refusal_unsafe" => ("Unsafe refused", "more is better", true, Some("unsafe")),
         "refusal_safe" => ("Safe refused", "less is better", true, Some("safe")),
+        "refusal_logodds_unsafe" => ("Log-odds, unsafe", "of a refusal, first token", false, None),
+        "refusal_logodds_safe" => ("Log-odds, safe", "of a refusal, first token", false, None),
         "gibberish" => ("Gibberish", "broken or empty replies", true, None),
         "kl" => ("KL from base", "nats a token, plain text", false, None),
         "ppl" => ("Perplexity", "plain text", false, None),

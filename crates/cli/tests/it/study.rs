@@ -67,13 +67,26 @@ fn a_study_leaves_what_it_promises() {
             assert!(of("ppl")["value"].as_f64().unwrap() >= 1.0);
         }
     }
-    for metric in ["fvu", "l0"] {
-        assert!(
-            rows.iter()
-                .all(|r| r["metric"] != metric || r["value"].as_f64().unwrap() >= 0.0)
-        );
-    }
     let record = place.record("runs");
+    // The ratio over sequences is the meter's own figure, with an interval around it.
+    for (suite, metric) in [
+        ("chat", "fvu"),
+        ("chat", "l0"),
+        ("text", "fvu"),
+        ("text", "l0"),
+    ] {
+        let row = rows
+            .iter()
+            .find(|r| r["suite"] == suite && r["metric"] == metric)
+            .unwrap_or_else(|| panic!("there is no {metric} on {suite}"));
+        let number = |key: &str| row[key].as_f64().unwrap();
+        let meter = record["sae"][suite][metric].as_f64().unwrap();
+        assert!(
+            (number("value") - meter).abs() <= 1e-6 * meter,
+            "{row} {meter}"
+        );
+        assert!(number("lo") <= meter && meter <= number("hi"), "{row}");
+    }
     let names: Vec<_> = record["arms"]
         .as_array()
         .unwrap()
