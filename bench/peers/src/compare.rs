@@ -76,9 +76,13 @@ fn demur_lm(args: &Lm) -> anyhow::Result<Value> {
     command
         .args(["bench", "lm", "--json", "--model"])
         .arg(&args.model);
-    // The pool that demur's kernels run on.
-    command.env("RAYON_NUM_THREADS", args.threads.to_string());
-    last_line(command, &args.demur)
+    command.env("DEMUR_THREADS", args.threads.to_string());
+    let mut figures = last_line(command, &args.demur)?;
+    // A path of this machine; the record names the file.
+    if let Some(figures) = figures.as_object_mut() {
+        figures.remove("model");
+    }
+    Ok(figures)
 }
 
 fn llama_cpp(args: &Lm) -> anyhow::Result<Value> {
