@@ -8,6 +8,7 @@ mod fetch;
 mod loaded;
 mod progress;
 mod report;
+mod resident;
 mod study;
 
 use std::process::ExitCode;

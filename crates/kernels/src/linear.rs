@@ -22,6 +22,9 @@ thread_local! {
     static ACTIVATIONS: std::cell::Cell<Activations> = std::cell::Cell::default();
 }
 
+/// Bytes of a matrix that are packed between two calls of `read`.
+pub(crate) const READ_AHEAD: usize = 16 << 20;
+
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
@@ -51,6 +54,9 @@ enum Weights {
 impl Linear {
     /// Packs `out_features` rows of `in_features` values of type `ty`.
     ///
+    /// `read` is called after each part of `bytes`: whoever maps a file can give back the memory of
+    /// what was read so far, so that a matrix is never in memory twice.
+    ///
     /// # Errors
     /// [`KernelError::Block`] or [`KernelError::Length`] if `bytes` is not such a matrix.
     pub fn from_rows(
@@ -59,6 +65,7 @@ impl Linear {
         out_features: usize,
         in_features: usize,
         precision: Precision,
+        mut read: impl FnMut(),
     ) -> Result<Self, KernelError> {
         let block = KernelError::Block {
             type_name: ty.name(),
@@ -74,23 +81,32 @@ impl Linear {
                 expected,
             });
         }
-        let words = || {
-            bytes
-                .chunks_exact(2)
-                .map(|b| u16::from_le_bytes([b[0], b[1]]))
-                .collect()
+        let part = (READ_AHEAD / row.max(1)).max(1) * row.max(1);
+        let mut words = || {
+            let mut words = Vec::with_capacity(bytes.len() / 2);
+            for bytes in bytes.chunks(part) {
+                let pairs = bytes.as_chunks::<2>().0.iter();
+                words.extend(pairs.map(|b| u16::from_le_bytes(*b)));
+                read();
+            }
+            words
         };
         let weights = match (ty, precision) {
             (GgmlType::F16, Precision::Fast) => Weights::F16(words()),
             (GgmlType::BF16, Precision::Fast) => Weights::Bf16(words()),
             (ty, Precision::Fast) if ty.is_quantised() && in_features.is_multiple_of(BLOCK) => {
-                Weights::Packed(Packed::new(ty, bytes, out_features, in_features))
+                Weights::Packed(Packed::new(ty, bytes, out_features, in_features, read))
             }
             _ => {
                 let mut w = vec![0.0; out_features * in_features];
-                w.par_chunks_mut(in_features.max(1))
-                    .zip(bytes.par_chunks(row.max(1)))
-                    .try_for_each(|(w, bytes)| dequantize_row(ty, bytes, w))?;
+                let columns = in_features.max(1);
+                let parts = w.chunks_mut(part / row.max(1) * columns);
+                for (w, bytes) in parts.zip(bytes.chunks(part)) {
+                    w.par_chunks_mut(columns)
+                        .zip(bytes.par_chunks(row.max(1)))
+                        .try_for_each(|(w, bytes)| dequantize_row(ty, bytes, w))?;
+                    read();
+                }
                 Weights::F32(w)
             }
         };

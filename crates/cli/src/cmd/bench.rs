@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
 use crate::progress::say;
+use crate::resident;
 use crate::study::config::Precision;
 
 #[derive(Debug, clap::Args)]
@@ -154,7 +155,10 @@ pub fn run(args: Args) -> Result<()> {
         demur_kernels::dispatch::isa().name(),
     );
     if as_json {
-        let mut object = json!({ "model": model, "threads": threads, "isa": isa });
+        let mut object = json!({
+            "model": model, "threads": threads, "isa": isa,
+            "peak_resident_bytes": resident::peak(),
+        });
         for (key, value) in figures {
             object[key] = json!(value);
         }
@@ -162,6 +166,12 @@ pub fn run(args: Args) -> Result<()> {
     } else {
         for (key, value) in figures {
             say(format_args!("{key:<16} {value:>9.1}"))?;
+        }
+        if let Some(peak) = resident::peak() {
+            say(format_args!(
+                "peak resident    {:>9.1} MB",
+                peak as f64 / 1e6
+            ))?;
         }
         say(format_args!("threads {threads}, {isa}"))?;
     }

@@ -81,7 +81,7 @@ fn train(name: &str, sets: &[String], runs: PathBuf, as_json: bool) -> Result<()
     say(folder.display())?;
     say(format_args!(
         "  {} latents, k = {}; held out: FVU {:.3} on chats, {:.3} on text",
-        trained.d_sae, trained.k, trained.chat.quality.fvu, trained.text.quality.fvu
+        trained.d_sae, trained.k, trained.chat.fvu.value, trained.text.fvu.value
     ))
 }
 

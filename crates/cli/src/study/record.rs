@@ -92,15 +92,8 @@ pub fn assemble(
             d_sae: trained.d_sae,
             k: trained.k,
             trained_on_tokens: trained.trained_on_tokens,
-            chat: Some(trained.chat.quality.clone()),
-            text: Some(trained.text.quality.clone()),
-            metrics: [("chat", &trained.chat), ("text", &trained.text)]
-                .into_iter()
-                .flat_map(|(suite, held_out)| {
-                    [("fvu", held_out.fvu), ("l0", held_out.l0)]
-                        .map(|(name, estimate)| metric(suite, name, estimate))
-                })
-                .collect(),
+            chat: Some(trained.chat.clone()),
+            text: Some(trained.text.clone()),
             curve: trained.curve.clone(),
         },
         splits: [Split::Discovery, Split::Validation, Split::Test]

@@ -226,7 +226,7 @@ impl Vocabulary {
         };
         let markers = typed()
             .zip(0..)
-            .filter(|((_, t), _)| matches!(*t, CONTROL | USER_DEFINED));
+            .filter(|((_, t), _)| matches!(*t, UNKNOWN | CONTROL | USER_DEFINED));
         let markers = markers.map(|((text, t), id)| {
             let mut marker = Marker::new(id, text, is_control(text, t));
             marker.rstrip = self.swallows_space(text) && marker.control;

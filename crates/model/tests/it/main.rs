@@ -6,3 +6,4 @@ mod golden;
 mod hostile;
 mod parity;
 mod support;
+mod tokenizers;

@@ -12,7 +12,8 @@
 //! A continuation agrees if its tokens are the golden ones up to a near-tie: where it first chooses
 //! another token, the log-probability of the choice is within [`LOGPROB`] of the golden one.
 //! Everything after that has another context and is not compared. Prompts go through the
-//! checkpoint's own chat template and the text through its tokenizer, so both are tested too.
+//! checkpoint's own chat template and the text through its tokenizer, so both are tested too, the
+//! tokenizer also on the difficult texts of `tokenizers.rs`.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ use demur_model::tokenizer::{Special, Tokenizer};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::tokenizers::Difficult;
+
 /// How far a top-1 log-probability may be off where a continuation leaves the golden one.
 const LOGPROB: f32 = 0.05;
 /// How far a perplexity may be off, as a fraction.
@@ -39,6 +42,7 @@ struct Golden {
     sha256: String,
     chat: bool,
     prompts: Vec<Prompt>,
+    texts: Vec<Difficult>,
     perplexity: Text,
 }
 
@@ -211,6 +215,9 @@ fn check(name: &str, precision: Precision) {
     let template = golden
         .chat
         .then(|| ChatTemplate::from_checkpoint(&checkpoint).unwrap());
+    for text in &golden.texts {
+        text.check(name, &tokenizer);
+    }
     let model = Model::load(&checkpoint, precision).unwrap();
     let mut ws = Workspace::default();
 
