@@ -157,7 +157,9 @@ def byte_level(folder, pre, build):
     return golden
 
 
-def sentence_piece(folder, dummy_prefix):
+def sentence_piece(folder, dummy_prefix, names, own=()):
+    """`names` are the pieces that begin and end a text; `own` are plain pieces taken whole wherever they
+    stand, as Gemma's line breaks and HTML tags are."""
     import sentencepiece as spm
 
     model = io.BytesIO()
@@ -166,6 +168,7 @@ def sentence_piece(folder, dummy_prefix):
         model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True, character_coverage=0.98,
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=dummy_prefix,
         split_digits=True, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        bos_piece=names[0], eos_piece=names[1], user_defined_symbols=list(own),
         control_symbols=["<start_of_turn>", "<end_of_turn>"], num_threads=1, minloglevel=2,
         hard_vocab_limit=False)
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
@@ -173,7 +176,7 @@ def sentence_piece(folder, dummy_prefix):
     scores = [sp.get_score(i) for i in range(len(sp))]
 
     def kind(i):
-        return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+        return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 4 if pieces[i] in own else 1
 
     def fill(w):
         w.add_tokenizer_model("llama")
@@ -204,6 +207,7 @@ def sentence_piece(folder, dummy_prefix):
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     tokenizer.add_special_tokens(
         [AddedToken(p, special=True, normalized=False) for i, p in enumerate(pieces) if kind(i) in (2, 3)])
+    tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
     tokenizer.save(str(folder / "tokenizer.json"))
 
     golden = []
@@ -225,8 +229,9 @@ def main():
         "gpt2": lambda f: byte_level(f, "gpt-2", gpt2),
         "smollm": lambda f: byte_level(f, "smollm", smollm),
         "llama3": lambda f: byte_level(f, "llama-bpe", llama3),
-        "llama": lambda f: sentence_piece(f, True),
-        "gemma": lambda f: sentence_piece(f, False),
+        "llama": lambda f: sentence_piece(f, True, ("<s>", "</s>")),
+        "gemma": lambda f: sentence_piece(
+            f, False, ("<bos>", "<eos>"), ("\n\n", "<s>", "</s>", "<br>", "<unused>")),
     }
     for name, make in kinds.items():
         golden = make(out / name)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import gguf
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from difficult import TEXTS
@@ -77,7 +77,8 @@ def sha256(path):
 
 def load_tokenizer(path):
     """The checkpoint's tokenizer. `transformers` does not read `tokenizer.ggml.pre`, which says how a
-    text is cut before merging; where its default is not that of the published tokenizer, it is set."""
+    text is composed and cut before merging; where its default is not that of the published tokenizer, it
+    is set."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     field = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
@@ -85,6 +86,8 @@ def load_tokenizer(path):
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ])
+    if field is not None and field.contents() == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
