@@ -181,7 +181,8 @@ def sentence_piece(folder, dummy_prefix, names, own=()):
     def fill(w):
         w.add_tokenizer_model("llama")
         w.add_tokenizer_pre("default")
-        w.add_token_list(pieces)
+        # As the converter writes pieces of one's own: with spaces for SentencePiece's sign.
+        w.add_token_list([p.replace("▁", " ") if kind(i) == 4 else p for i, p in enumerate(pieces)])
         w.add_token_scores(scores)
         w.add_token_types([kind(i) for i in range(len(sp))])
         w.add_bos_token_id(1)
@@ -207,7 +208,7 @@ def sentence_piece(folder, dummy_prefix, names, own=()):
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     tokenizer.add_special_tokens(
         [AddedToken(p, special=True, normalized=False) for i, p in enumerate(pieces) if kind(i) in (2, 3)])
-    tokenizer.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
+    tokenizer.add_tokens([AddedToken(p, special=False, normalized=True) for p in own])
     tokenizer.save(str(folder / "tokenizer.json"))
 
     golden = []
@@ -231,7 +232,7 @@ def main():
         "llama3": lambda f: byte_level(f, "llama-bpe", llama3),
         "llama": lambda f: sentence_piece(f, True, ("<s>", "</s>")),
         "gemma": lambda f: sentence_piece(
-            f, False, ("<bos>", "<eos>"), ("\n\n", "<s>", "</s>", "<br>", "<unused>")),
+            f, False, ("<bos>", "<eos>"), ("\n\n", "▁▁▁▁", "<s>", "</s>", "<br>", "<unused>")),
     }
     for name, make in kinds.items():
         golden = make(out / name)

@@ -8,9 +8,11 @@
 //! | --- | --- |
 //! | [`llama_cpp`] | llama.cpp through `llama-cpp-2`, as an engine |
 //! | [`compare`] | rounds, medians, ratios |
+//! | [`parity`] | how far llama.cpp is from the golden continuations |
 
 mod compare;
 mod llama_cpp;
+mod parity;
 
 use std::path::PathBuf;
 
@@ -55,6 +57,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// How far llama.cpp is from `testdata/parity/NAME.json`, as JSON.
+    Parity {
+        /// The GGUF file.
+        #[arg(long)]
+        model: PathBuf,
+        /// The golden file.
+        #[arg(long)]
+        golden: PathBuf,
+        /// Threads.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+    },
     /// One measurement of llama.cpp in this process, as JSON.
     LlamaCpp {
         /// The GGUF file.
@@ -86,6 +100,14 @@ fn main() -> anyhow::Result<()> {
                 threads,
                 json,
             })
+        }
+        Command::Parity {
+            model,
+            golden,
+            threads,
+        } => {
+            println!("{}", parity::llama_cpp(&model, &golden, threads)?);
+            Ok(())
         }
         Command::LlamaCpp { model, threads } => {
             println!("{}", llama_cpp::measure(&model, threads)?);

@@ -46,7 +46,7 @@ pub(crate) use self::activations::Activations;
 use self::activations::XBlock;
 use self::panel::{Panel, Row, Scratch};
 use crate::dispatch::{Isa, isa};
-use crate::linear::READ_AHEAD;
+use crate::linear::{L2_WEIGHTS, READ_AHEAD};
 use crate::pool;
 use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 
@@ -54,8 +54,6 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
-/// Bytes of unpacked weights that a task keeps in its cache.
-const L2_WEIGHTS: usize = 384 << 10;
 /// The most activation rows of a tile.
 const MAX_TILE: usize = 8;
 

@@ -230,6 +230,14 @@ impl Vocabulary {
             marker.rstrip = self.swallows_space(text) && marker.control;
             marker
         });
+        // SentencePiece looks for its own pieces in the text as it has spelled it.
+        let (normalized, markers): (Vec<_>, Vec<_>) = markers.partition(|m| {
+            spelling == Spelling::SentencePiece && !strip_leading_space && !m.control
+        });
+        let normalized = normalized.into_iter().map(|mut marker| {
+            marker.text = marker.text.replace(' ', "▁");
+            marker
+        });
         let texts = typed().map(|(id, text, t)| {
             let kind = match t {
                 _ if is_control(id, text, t) => TokenKind::Control,
@@ -240,7 +248,7 @@ impl Vocabulary {
         });
         Tokenizer {
             markers: Markers::new(markers),
-            normalized_markers: Markers::new([]),
+            normalized_markers: Markers::new(normalized),
             normalizer: None,
             pre_tokenizer: None,
             bytes: TokenBytes::new(texts, spelling, strip_leading_space).into(),

@@ -98,18 +98,19 @@ fn step(
     logits.rows().map(<[f32]>::to_vec).collect()
 }
 
-/// How a continuation compares: steps that agree, and the largest difference of a top-1
-/// log-probability over them and, if there is one, at the first that does not.
+/// How a continuation compares: steps that agree, the largest difference of a top-1 log-probability
+/// over them and the sum of all, and the difference at the first that does not agree.
 struct Agreement {
     steps: usize,
     worst: f32,
+    sum: f64,
     at_difference: Option<f32>,
 }
 
 fn continuation(model: &Model, ws: &mut Workspace, golden: &Prompt) -> Agreement {
     let mut cache = model.new_cache();
     let mut new = golden.ids.clone();
-    let mut worst = 0.0f32;
+    let (mut worst, mut sum) = (0.0f32, 0.0);
     for (steps, (&token, &logprob)) in golden.continuation.iter().zip(&golden.logprob).enumerate() {
         let row = step(model, ws, &new, &mut cache, LogitsAt::Last).remove(0);
         let top = (0..row.len())
@@ -120,15 +121,18 @@ fn continuation(model: &Model, ws: &mut Workspace, golden: &Prompt) -> Agreement
             return Agreement {
                 steps,
                 worst,
+                sum,
                 at_difference: Some(off),
             };
         }
         worst = worst.max(off);
+        sum += f64::from(off);
         new = vec![token];
     }
     Agreement {
         steps: golden.continuation.len(),
         worst,
+        sum,
         at_difference: None,
     }
 }
@@ -222,11 +226,14 @@ fn check(name: &str, precision: Precision) {
     let mut ws = Workspace::default();
 
     let (mut equal, mut worst, mut differ) = (0, 0.0f32, Vec::new());
+    let (mut sum, mut steps) = (0.0, 0);
     for prompt in &golden.prompts {
         let ids = encode(&golden, &prompt.prompt, &tokenizer, template.as_ref());
         assert_eq!(ids, prompt.ids, "ids of {:?}", prompt.prompt);
         let found = continuation(&model, &mut ws, prompt);
         worst = worst.max(found.worst);
+        sum += found.sum;
+        steps += found.steps;
         match found.at_difference {
             None => equal += 1,
             Some(off) => differ.push((found.steps, off)),
@@ -240,13 +247,14 @@ fn check(name: &str, precision: Precision) {
         .map(|(at, off)| format!("step {at}: {off:.4}"))
         .collect();
     println!(
-        "| {name} | {precision:?} | {equal}/{} | {} | {worst:.4} | {found:.4} | {:.4} | {:+.3} % |",
+        "| {name} | {precision:?} | {equal}/{} | {} | {worst:.4} | {:.4} | {found:.4} | {:.4} | {:+.3} % |",
         golden.prompts.len(),
         if listed.is_empty() {
             "-".to_owned()
         } else {
             listed.join(", ")
         },
+        sum / steps.max(1) as f64,
         golden.perplexity.perplexity,
         100.0 * relative,
     );
