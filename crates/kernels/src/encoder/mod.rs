@@ -74,22 +74,27 @@ pub struct Bf16Tiles {
     tiles: Vec<Tile>, // [latents / 16, depth], latents padded to a multiple of 32
 }
 
-/// The tiles of 16 latents, to be written.
+/// The tiles of some latents, to be written.
 #[derive(Debug)]
-pub struct TileRows<'a>(&'a mut [Tile]);
+pub struct TileRows<'a> {
+    depth: usize,
+    tiles: &'a mut [Tile],
+}
 
 impl Bf16Tiles {
     /// Rounds `w`, `[latents, d]`.
     pub fn new(w: &[f32], d: usize) -> Self {
         let latents = w.len() / d.max(1);
-        let mut tiles = Self::zeros(latents, d);
-        for (block, w) in tiles.blocks_mut().zip(w.chunks(LATENTS * d)) {
-            let mut block = block;
-            for (lane, w) in w.chunks_exact(d).enumerate() {
-                block.set(lane, w);
-            }
+        let mut out = Self::zeros(latents, d);
+        let depth = out.depth;
+        let mut rows = TileRows {
+            depth,
+            tiles: &mut out.tiles,
+        };
+        for (latent, w) in w.chunks_exact(d.max(1)).enumerate() {
+            rows.set(latent, w);
         }
-        tiles
+        out
     }
 
     fn zeros(latents: usize, d: usize) -> Self {
@@ -102,20 +107,16 @@ impl Bf16Tiles {
         }
     }
 
-    /// Latents that a [`TileRows`] holds.
-    pub const BLOCK: usize = LATENTS;
-
-    /// Blocks of [`Self::BLOCK`] latents, in order; those at the end may have no latent.
-    fn blocks_mut(&mut self) -> impl Iterator<Item = TileRows<'_>> {
-        self.tiles.chunks_exact_mut(self.depth).map(TileRows)
-    }
-
-    /// As the blocks one after the other, for many threads.
-    pub fn par_blocks_mut(&mut self) -> impl IndexedParallelIterator<Item = TileRows<'_>> {
-        let blocks = self.latents.div_ceil(LATENTS);
-        self.tiles[..blocks * self.depth]
-            .par_chunks_exact_mut(self.depth)
-            .map(TileRows)
+    /// Latents in parts of `latents`, in order.
+    ///
+    /// # Panics
+    /// If `latents` is not a multiple of 16.
+    pub fn chunks_mut(&mut self, latents: usize) -> impl Iterator<Item = TileRows<'_>> {
+        assert!(latents > 0 && latents.is_multiple_of(LATENTS));
+        let depth = self.depth;
+        self.tiles
+            .chunks_mut(latents / LATENTS * depth.max(1))
+            .map(move |tiles| TileRows { depth, tiles })
     }
 
     /// The weights of some latents.
@@ -144,20 +145,22 @@ impl Bf16Tiles {
 }
 
 impl TileRows<'_> {
-    /// Rounds the weights of the block's latent `lane`.
+    /// Rounds the weights of the part's latent `at`.
     ///
     /// # Panics
-    /// If `w` is longer than the tiles are deep.
-    pub fn set(&mut self, lane: usize, w: &[f32]) {
+    /// If there is no such latent, or `w` has more columns than the tiles.
+    pub fn set(&mut self, at: usize, w: &[f32]) {
+        let (block, lane) = (at / LATENTS, at % LATENTS);
+        let tiles = &mut self.tiles[block * self.depth..(block + 1) * self.depth];
         let (whole, rest) = w.as_chunks::<COLUMNS>();
-        assert!(w.len() <= self.0.len() * COLUMNS, "more columns than tiles");
-        for (tile, w) in self.0.iter_mut().zip(whole) {
+        assert!(w.len() <= tiles.len() * COLUMNS, "more columns than tiles");
+        for (tile, w) in tiles.iter_mut().zip(whole) {
             for (line, w) in tile.0.iter_mut().zip(w.as_chunks::<2>().0) {
                 line[lane] = [round(w[0]).to_bits(), round(w[1]).to_bits()];
             }
         }
         for (i, w) in rest.iter().enumerate() {
-            self.0[whole.len()].0[i / 2][lane][i % 2] = round(*w).to_bits();
+            tiles[whole.len()].0[i / 2][lane][i % 2] = round(*w).to_bits();
         }
     }
 }

@@ -18,10 +18,11 @@
 //!
 //! # Cost
 //!
-//! Only the encoder's forward product is dense. Entries are sorted by latent, and then one pass over
-//! the latents forms each one's gradients in a buffer of two rows and takes its Adam step at once:
-//! no gradient matrix exists. Sums run in a fixed order, so a run has the same bits for any number
-//! of threads.
+//! Only the encoder's forward product is dense, and its result is never stored ([`demur_kernels::encoder`]).
+//! Entries are sorted by latent, and then one pass over the latents forms each one's gradients in a
+//! buffer of two rows and takes its Adam step at once: no gradient matrix exists. A latent whose
+//! moments are all zero and that has no entry is not touched. Sums run in a fixed order, so a run has
+//! the same bits for any number of threads. The phases are in `step.rs`.
 //!
 //! # Input scale
 //!
@@ -32,20 +33,20 @@
 
 mod checkpoint;
 mod data;
+mod step;
 
-use demur_kernels::ops::{axpy, dot};
+use demur_kernels::dispatch::{Isa, isa};
+use demur_kernels::ops::dot;
+use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SaeError;
-use crate::topk::{Sae, SaeConfig, encode_tiles};
+use crate::topk::{Sae, SaeConfig};
 pub use data::{Rows, ScaledRows};
-
-/// Adam's decay rates and the constant in its denominator.
-const BETAS: (f32, f32) = (0.9, 0.999);
-const EPS: f32 = 1e-8;
+pub use step::Timing;
+use step::Workspace;
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,6 +71,23 @@ pub struct TrainConfig {
     pub outlier: f32,
     /// Seeds initialisation and the order of rows.
     pub seed: u64,
+    /// What products and gathers read.
+    #[serde(default)]
+    pub precision: Precision,
+    /// The most that the norm of all gradients together may be; above, all are scaled down.
+    #[serde(default)]
+    pub clip: Option<f64>,
+}
+
+/// What the encoder's product and the gathers of rows read. Weights and moments are f32 always.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bf16 where the processor multiplies it (AVX-512 BF16, AMX), f32 elsewhere.
+    #[default]
+    Bf16,
+    /// f32.
+    F32,
 }
 
 /// What a step did.
@@ -105,26 +123,45 @@ impl Param {
     }
 }
 
+/// What is trained.
+#[derive(Debug, Clone, PartialEq)]
+struct Params {
+    w_enc: Param, // [d_sae, d_model]
+    w_dec: Param, // [d_sae, d_model]
+    b_enc: Param,
+    b_dec: Param,
+}
+
 /// A training run between two steps.
 #[derive(Debug)]
 pub struct Trainer {
     cfg: TrainConfig,
     scale: f32,
     step: usize,
-    w_enc: Param, // [d_sae, d_model]
-    w_dec: Param, // [d_sae, d_model]
-    b_enc: Param,
-    b_dec: Param,
+    params: Params,
     idle: Vec<u64>, // rows since each latent fired
+    /// Made of the state when a step needs it.
+    engine: Option<Engine>,
+    timing: Timing,
 }
 
-/// One use of a latent by a row.
-#[derive(Clone, Copy)]
-struct Entry {
-    row: u32,
-    value: f32,
-    grad: f32,
-    aux: bool,
+/// The buffers of a step, by what the dense product and the gathers read.
+#[derive(Debug)]
+enum Engine {
+    F32(Workspace<f32>),
+    Bf16(Workspace<bf16>),
+}
+
+impl Engine {
+    fn new(t: &Trainer) -> Self {
+        let d = t.cfg.sae.d_model;
+        match t.cfg.precision {
+            Precision::Bf16 if isa() >= Isa::Avx512 => {
+                Self::Bf16(Workspace::new(&t.params, d, true))
+            }
+            _ => Self::F32(Workspace::new(&t.params, d, false)),
+        }
+    }
 }
 
 impl Trainer {
@@ -174,12 +211,16 @@ impl Trainer {
         Ok(Self {
             scale: data.scale(),
             step: 0,
-            w_enc: Param::new(w.clone()),
-            w_dec: Param::new(w),
-            b_enc: Param::new(vec![0.0; m]),
-            b_dec: Param::new(data.mean()),
+            params: Params {
+                w_enc: Param::new(w.clone()),
+                w_dec: Param::new(w),
+                b_enc: Param::new(vec![0.0; m]),
+                b_dec: Param::new(data.mean()),
+            },
             idle: vec![0; m],
             cfg,
+            engine: None,
+            timing: Timing::default(),
         })
     }
 
@@ -204,14 +245,19 @@ impl Trainer {
     /// # Shapes
     /// `x` is `[batch, d_model]`, scaled as [`ScaledRows`] does.
     pub fn step(&mut self, x: &[f32]) -> StepStats {
-        match self.half.take() {
-            Some(mut half) => {
-                let stats = step::run::<bf16>(self, &mut half, x);
-                self.half = Some(half);
-                stats
-            }
-            None => step::run::<f32>(self, &mut HalfCopies::none(), x),
-        }
+        let mut engine = self.engine.take().unwrap_or_else(|| Engine::new(self));
+        let stats = match &mut engine {
+            Engine::F32(work) => work.step(self, x),
+            Engine::Bf16(work) => work.step(self, x),
+        };
+        self.engine = Some(engine);
+        stats
+    }
+
+    /// Latents that are dead.
+    fn dead(&self) -> Vec<u32> {
+        let idle = |j: &u32| self.idle[*j as usize] >= self.cfg.dead_after;
+        (0..self.cfg.sae.d_sae as u32).filter(idle).collect()
     }
 
     /// Where the time of the last step went.
@@ -219,11 +265,16 @@ impl Trainer {
         self.timing
     }
 
-    /// Bytes of the weights and the optimiser's moments, and of the bf16 copies of the weights.
+    /// Bytes of the weights and the optimiser's moments, and of the copies of the weights in bf16.
     pub fn bytes(&self) -> (usize, usize) {
-        let params = [&self.w_enc, &self.w_dec, &self.b_enc, &self.b_dec];
+        let p = &self.params;
+        let params = [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec];
+        let copies = match &self.engine {
+            Some(Engine::Bf16(work)) => work.copied_bytes(),
+            _ => 0,
+        };
         let state = params.iter().map(|p| 3 * size_of_val(&p.w[..])).sum();
-        (state, self.half.as_ref().map_or(0, HalfCopies::bytes))
+        (state, copies)
     }
 
     /// The SAE so far, for raw rows: the input scale folded out.
@@ -234,10 +285,10 @@ impl Trainer {
         let unscaled = |v: &[f32]| v.iter().map(|x| x / self.scale).collect();
         Sae::new(
             self.cfg.sae.clone(),
-            self.w_enc.w.clone(),
-            unscaled(&self.b_enc.w),
-            self.w_dec.w.clone(),
-            unscaled(&self.b_dec.w),
+            self.params.w_enc.w.clone(),
+            unscaled(&self.params.b_enc.w),
+            self.params.w_dec.w.clone(),
+            unscaled(&self.params.b_dec.w),
         )
     }
 }
