@@ -286,3 +286,102 @@ fn gradients_match_finite_differences() {
         }
     }
 }
+
+/// A run of some steps on several numbers of threads, with dead latents and clipping.
+#[test]
+fn the_same_bits_for_any_number_of_threads() {
+    let (d, m) = (40, 300);
+    let (x, _) = planted(700, d, 64, 3);
+    for precision in [Precision::Bf16, Precision::F32] {
+        let cfg = TrainConfig {
+            dead_after: 700,
+            precision,
+            clip: Some(0.01),
+            ..config(d, m, 4, 350, 20)
+        };
+        let mut first = None;
+        for threads in 1..=8 {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let (t, _) = pool.build().unwrap().install(|| train(&cfg, &x, 6, None));
+            assert!(!t.dead().is_empty(), "the auxiliary term must have work");
+            let first = first.get_or_insert_with(|| t.params.clone());
+            assert_eq!(*first, t.params, "{precision:?}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn bf16_trains_as_f32_does() {
+    let (d, m) = (24, 32);
+    let (x, _) = planted(4096, d, m, 2);
+    let [full, half] = [Precision::F32, Precision::Bf16].map(|precision| {
+        let cfg = TrainConfig {
+            precision,
+            ..config(d, m, 3, 512, 300)
+        };
+        let (t, _) = train(&cfg, &x, 300, None);
+        let mut meter = crate::metrics::QualityMeter::new(d, m);
+        meter.add_rows(&t.finish().unwrap(), &x);
+        meter.quality().fvu
+    });
+    assert!(
+        (half / full - 1.0).abs() < 0.05,
+        "fvu {half} against {full}"
+    );
+}
+
+#[test]
+fn clipping_scales_the_norm_of_all_gradients() {
+    let (d, m) = (12, 20);
+    let (x, _) = planted(64, d, m, 2);
+    let norm = |clip: Option<f64>| {
+        let cfg = TrainConfig {
+            clip,
+            dead_after: u64::MAX,
+            precision: Precision::F32,
+            ..config(d, m, 2, 64, 60)
+        };
+        let (t, _) = train(&cfg, &x, 1, None);
+        let p = &t.params;
+        // After one step from zero moments, m = (1 - beta1) g.
+        let moments = [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec].map(|p| &p.m);
+        let square: f64 = moments
+            .iter()
+            .copied()
+            .flatten()
+            .map(|m| f64::from(*m).powi(2))
+            .sum();
+        square.sqrt() / f64::from(1.0 - Adam::BETA1)
+    };
+    let whole = norm(None);
+    assert!((norm(Some(whole / 3.0)) / whole * 3.0 - 1.0).abs() < 1e-4);
+    assert_eq!(norm(Some(2.0 * whole)), whole);
+}
+
+#[test]
+fn latents_that_never_fired_stay() {
+    let (d, m) = (12, 20);
+    let (x, _) = planted(256, d, m, 2);
+    let cfg = TrainConfig {
+        auxk_alpha: 0.0,
+        ..config(d, m, 2, 64, 60)
+    };
+    let rows = ScaledRows::new(
+        Rows {
+            data: &x,
+            d_model: d,
+        },
+        10.0,
+        5,
+    );
+    let mut t = Trainer::new(cfg.clone(), &rows).unwrap();
+    t.params.b_enc.w[7] = -1e6;
+    let before = t.params.clone();
+    let (t, _) = train(&cfg, &x, 5, Some(t));
+    for j in 0..m {
+        let row = j * d..(j + 1) * d;
+        let same = t.params.w_enc.w[row.clone()] == before.w_enc.w[row.clone()]
+            && t.params.w_dec.w[row.clone()] == before.w_dec.w[row];
+        assert_eq!(same, j == 7, "latent {j}");
+    }
+}
