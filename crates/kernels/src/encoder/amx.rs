@@ -6,8 +6,6 @@
 
 use std::arch::asm;
 
-use half::bf16;
-
 use super::{GROUP, LATENTS, ROWS, Tile};
 
 /// What `ldtilecfg` reads: palette 1, eight tiles of 16 rows of 64 bytes.
@@ -40,17 +38,23 @@ pub(super) fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
 
-/// Sums of [`ROWS`] rows with the latents of `tiles`.
-pub(super) fn block(x: &[bf16], stride: usize, tiles: &[Tile], depth: usize, sums: &mut [f32]) {
-    let latents = tiles.len() / depth * LATENTS;
-    assert!(x.len() >= ROWS * stride && stride >= 32 * depth && depth > 0);
-    assert!(latents <= GROUP && sums.len() >= ROWS * GROUP);
-    let (row_bytes, sum_bytes) = (2 * stride, 4 * GROUP);
+/// Asks for tiles to be brought to the L2 cache.
+pub(super) fn prefetch(tiles: &[Tile]) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    for line in bytemuck::cast_slice::<_, [u8; 64]>(tiles) {
+        // SAFETY: a prefetch changes nothing; every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
+    }
+}
+
+/// Sums of [`ROWS`] rows, `[2, depth]` tiles, with the latents of `tiles`, `[latents / 16, depth]`.
+pub(super) fn block(x: &[Tile], tiles: &[Tile], depth: usize, sums: &mut [f32]) {
+    assert!(depth > 0 && x.len() == ROWS / 16 * depth);
+    assert!(tiles.len() / depth * LATENTS <= GROUP && sums.len() >= ROWS * GROUP);
     for (at, pair) in tiles.chunks_exact(2 * depth).enumerate() {
         let sums = &mut sums[at * 2 * LATENTS..];
-        // SAFETY: `configure` ran on this thread. Two tiles of 16 rows of `x` end below ROWS rows, the
-        // columns below `stride`; `pair` is twice `depth` tiles; two by two tiles of sums end in the
-        // last row, before `latents`.
+        // SAFETY: `configure` ran on this thread. `x` and `pair` are twice `depth` tiles; two by two
+        // tiles of sums end in the last of ROWS rows, before `latents`.
         unsafe {
             asm!(
                 "tilezero tmm0",
@@ -58,33 +62,32 @@ pub(super) fn block(x: &[bf16], stride: usize, tiles: &[Tile], depth: usize, sum
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{x0} + {xs}*1]",
-                "tileloadd tmm6, [{w0} + {ws}*1]",
+                "tileloadd tmm4, [{x0} + {line}*1]",
+                "tileloadd tmm6, [{w0} + {line}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w1} + {ws}*1]",
+                "tileloadd tmm7, [{w1} + {line}*1]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x1} + {xs}*1]",
+                "tileloadd tmm5, [{x1} + {line}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {x0}, 64",
-                "add {x1}, 64",
+                "add {x0}, 1024",
+                "add {x1}, 1024",
                 "add {w0}, 1024",
                 "add {w1}, 1024",
                 "dec {depth}",
                 "jnz 2b",
-                "tilestored [{s0} + {ss}*1], tmm0",
-                "tilestored [{s0} + {ss}*1 + 64], tmm1",
-                "tilestored [{s1} + {ss}*1], tmm2",
-                "tilestored [{s1} + {ss}*1 + 64], tmm3",
+                "tilestored [{s0} + {row}*1], tmm0",
+                "tilestored [{s0} + {row}*1 + 64], tmm1",
+                "tilestored [{s1} + {row}*1], tmm2",
+                "tilestored [{s1} + {row}*1 + 64], tmm3",
                 x0 = inout(reg) x.as_ptr() => _,
-                x1 = inout(reg) x.as_ptr().add(16 * stride) => _,
+                x1 = inout(reg) x.as_ptr().add(depth) => _,
                 w0 = inout(reg) pair.as_ptr() => _,
                 w1 = inout(reg) pair.as_ptr().add(depth) => _,
                 s0 = in(reg) sums.as_mut_ptr(),
                 s1 = in(reg) sums.as_mut_ptr().add(16 * GROUP),
-                xs = in(reg) row_bytes,
-                ws = in(reg) 64usize,
-                ss = in(reg) sum_bytes,
+                line = in(reg) 64usize,
+                row = in(reg) 4 * GROUP,
                 depth = inout(reg) depth => _,
                 options(nostack),
             );

@@ -5,15 +5,16 @@
 //! ```
 //!
 //! The product is all of the dense work of a training step, and its result is never stored: a task
-//! takes some rows, lets the latents pass in groups of [`GROUP`], and each row keeps candidates above
-//! a bar that rises ([`select`]). What is live is a block of [`ROWS`] x [`GROUP`] sums in the L1 cache.
+//! takes some rows, lets the latents pass in groups of 128, and each row keeps candidates above a bar
+//! that rises (`select.rs`). What is live is a block of 32 x 128 sums in the L1 cache.
 //!
 //! # Layout of bf16
 //!
 //! Rows of `x` are plain, padded to an odd number of cache lines. Weights are in tiles of 16 pairs of
 //! columns by 16 latents: one 64-byte line holds a pair of columns for each of 16 latents, which is what
 //! `tdpbf16ps` takes as its second operand and what `vdpbf16ps` multiplies with a broadcast pair of `x`.
-//! Tiles of the same latents are contiguous.
+//! Tiles of the same latents are contiguous. For AMX a task copies its rows into tiles as well, so that
+//! the lines of a tile are one piece of memory.
 //!
 //! | set | product |
 //! | --- | --- |
@@ -55,15 +56,23 @@ const GROUP: usize = 128;
 const LATENTS: usize = 16;
 /// Columns of a tile.
 const COLUMNS: usize = 32;
-/// Bytes of rows and candidates that a task keeps in its L2 cache.
-const L2_ROWS: usize = 3 << 19;
-/// Every so many blocks are timed.
-const TIMED: usize = 8;
+/// The most rows of a task, and bytes of its rows and their candidates.
+const TASK_ROWS: usize = 256;
+const TASK_BYTES: usize = 4 << 20;
+/// Every so many blocks are timed; odd, so that the first block of a group is not over-represented.
+const TIMED: usize = 7;
 
 /// 16 pairs of columns by 16 latents.
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 struct Tile([[[u16; 2]; LATENTS]; COLUMNS / 2]);
+
+impl Tile {
+    /// The tile as 16 rows of columns.
+    fn lines_mut(&mut self) -> &mut [[u16; COLUMNS]; 16] {
+        bytemuck::cast_mut(&mut self.0)
+    }
+}
 
 /// Encoder weights `[latents, columns]` in bf16, in the order in which the product reads them.
 #[derive(Debug, Clone)]
@@ -179,77 +188,168 @@ pub struct EncodeTime {
 struct Scratch {
     sums: Vec<f32>, // [ROWS, GROUP]
     candidates: Candidates,
+    x: Vec<Tile>,
 }
 
-/// A pass over rows in tasks: `block(sums, first_row, first_latent)` fills `[ROWS, GROUP]` sums.
+/// How blocks of sums are computed.
+trait Product: Sync {
+    /// Starts a task on rows from `first` on; `x` is the task's own.
+    fn begin(&self, first: usize, rows: usize, x: &mut Vec<Tile>) {
+        let _ = (first, rows, x);
+    }
+
+    /// Sums of the [`ROWS`] rows from `first + row` on with the [`GROUP`] latents from `latent` on.
+    fn block(&self, first: usize, row: usize, latent: usize, x: &[Tile], sums: &mut [f32]);
+
+    /// Ends a task.
+    fn end(&self) {}
+}
+
+/// A pass over rows in tasks; see the module.
 fn pass(
-    latents: usize,
+    product: &impl Product,
     bias: &[f32],
     row_bytes: usize,
     k: usize,
     idx: &mut [u32],
     val: &mut [f32],
-    begin: impl Fn() + Sync,
-    block: impl Fn(&mut [f32], usize, usize) + Sync,
-    end: impl Fn() + Sync,
 ) -> EncodeTime {
     assert_eq!(idx.len(), val.len());
     let n = idx.len() / k.max(1);
-    let bias = Candidates::padded(bias, latents, GROUP);
+    let bias = Candidates::padded(bias, GROUP);
     let rows = rows_of_task(n, row_bytes + Candidates::bytes(k, GROUP));
-    let (product, select) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (in_product, in_select) = (AtomicU64::new(0), AtomicU64::new(0));
     idx.par_chunks_mut(rows * k)
         .zip(val.par_chunks_mut(rows * k))
         .enumerate()
         .for_each_init(Scratch::default, |scratch, (task, (idx, val))| {
+            let Scratch {
+                sums,
+                candidates,
+                x,
+            } = scratch;
             let (first, n) = (task * rows, idx.len() / k);
-            scratch.sums.resize(ROWS * GROUP, 0.0);
-            scratch.candidates.reset(n, k, GROUP);
-            begin();
-            let mut count = 0;
-            let (mut in_product, mut in_select) = (Duration::ZERO, Duration::ZERO);
+            sums.resize(ROWS * GROUP, 0.0);
+            candidates.reset(n, k, GROUP);
+            product.begin(first, n, x);
+            let (mut blocks, mut times) = (0usize, [Duration::ZERO; 2]);
             for (group, bias) in bias.chunks_exact(GROUP).enumerate() {
-                for r in (0..n).step_by(ROWS) {
-                    let timed = count % TIMED == 0;
-                    count += 1;
-                    let clock = timed.then(Instant::now);
-                    block(&mut scratch.sums, first + r, group * GROUP);
-                    let middle = timed.then(Instant::now);
-                    let candidates = &mut scratch.candidates;
-                    for (i, sums) in scratch.sums.chunks_exact(GROUP).take(n - r).enumerate() {
-                        candidates.offer(r + i, sums, bias, (group * GROUP) as u32);
+                for row in (0..n).step_by(ROWS) {
+                    let start = blocks.is_multiple_of(TIMED).then(Instant::now);
+                    product.block(first, row, group * GROUP, x, sums);
+                    let middle = start.map(|_| Instant::now());
+                    for (i, sums) in sums.chunks_exact(GROUP).take(n - row).enumerate() {
+                        candidates.offer(row + i, sums, bias, (group * GROUP) as u32);
                     }
-                    if let (Some(clock), Some(middle)) = (clock, middle) {
-                        in_product += middle - clock;
-                        in_select += middle.elapsed();
+                    if let (Some(start), Some(middle)) = (start, middle) {
+                        times[0] += middle - start;
+                        times[1] += middle.elapsed();
                     }
+                    blocks += 1;
                 }
             }
-            end();
-            let clock = Instant::now();
+            product.end();
+            let start = Instant::now();
             let out = idx.chunks_exact_mut(k).zip(val.chunks_exact_mut(k));
             for (row, (idx, val)) in out.enumerate() {
-                scratch.candidates.finish(row, idx, val);
+                candidates.finish(row, idx, val);
             }
-            let scale = |d: Duration| {
-                d.as_nanos() as u64 * count as u64 / count.div_ceil(TIMED).max(1) as u64
-            };
-            product.fetch_add(scale(in_product), Ordering::Relaxed);
-            let rest = clock.elapsed().as_nanos() as u64;
-            select.fetch_add(scale(in_select) + rest, Ordering::Relaxed);
+            let all = blocks as f64 / blocks.div_ceil(TIMED).max(1) as f64;
+            let [of_product, of_select] = times.map(|t| t.mul_f64(all));
+            let of_select = of_select + start.elapsed();
+            in_product.fetch_add(of_product.as_nanos() as u64, Ordering::Relaxed);
+            in_select.fetch_add(of_select.as_nanos() as u64, Ordering::Relaxed);
         });
     EncodeTime {
-        product: Duration::from_nanos(product.into_inner()),
-        select: Duration::from_nanos(select.into_inner()),
+        product: Duration::from_nanos(in_product.into_inner()),
+        select: Duration::from_nanos(in_select.into_inner()),
     }
 }
 
-/// Rows of a task: as many as fit the cache, in tasks of equal size, a whole number for each thread.
+/// Rows of a task: tasks of equal size, a whole number for each thread. The weights pass once for each
+/// task, so many rows spare memory; few stay in the cache.
 fn rows_of_task(n: usize, bytes_each: usize) -> usize {
-    let fit = (L2_ROWS / bytes_each).max(ROWS);
-    let threads = crate::threads();
-    let tasks = n.div_ceil(fit).max(1).next_multiple_of(threads);
+    let fit = (TASK_BYTES / bytes_each).clamp(ROWS, TASK_ROWS);
+    let tasks = n.div_ceil(fit).max(1).next_multiple_of(crate::threads());
     n.div_ceil(tasks).next_multiple_of(ROWS)
+}
+
+/// Rows and weights in bf16.
+struct Bf16<'a> {
+    w: &'a Bf16Tiles,
+    x: &'a [bf16],
+    stride: usize,
+}
+
+impl<'a> Bf16<'a> {
+    fn rows(&self, first: usize) -> &'a [bf16] {
+        &self.x[first * self.stride..(first + ROWS) * self.stride]
+    }
+
+    /// The tiles of a group of latents.
+    fn group(&self, latent: usize) -> &'a [Tile] {
+        let from = latent / LATENTS * self.w.depth;
+        let tiles = &self.w.tiles[from..];
+        &tiles[..tiles.len().min(GROUP / LATENTS * self.w.depth)]
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct OnAmx<'a>(Bf16<'a>);
+
+#[cfg(target_arch = "x86_64")]
+impl Product for OnAmx<'_> {
+    /// Copies the rows into tiles: the lines of a tile are then one piece of memory.
+    fn begin(&self, first: usize, rows: usize, x: &mut Vec<Tile>) {
+        let (depth, stride) = (self.0.w.depth, self.0.stride);
+        let rows = rows.next_multiple_of(ROWS);
+        x.resize(rows / 16 * depth, Tile::zeroed());
+        let from = &self.0.x[first * stride..(first + rows) * stride];
+        for (r, row) in from.chunks_exact(stride).enumerate() {
+            let lines = bytemuck::cast_slice::<_, [u16; COLUMNS]>(&row[..depth * COLUMNS]);
+            for (tile, line) in x[r / 16 * depth..].iter_mut().zip(lines) {
+                tile.lines_mut()[r % 16] = *line;
+            }
+        }
+        amx::configure();
+    }
+
+    fn block(&self, _: usize, row: usize, latent: usize, x: &[Tile], sums: &mut [f32]) {
+        let depth = self.0.w.depth;
+        // A part of the next group for each block of rows, so that it is in the L2 cache in time.
+        let (at, blocks) = (row / ROWS, x.len() / (ROWS / 16 * depth));
+        let next = self
+            .0
+            .group((latent + GROUP).min(self.0.w.tiles.len() / depth * LATENTS));
+        let (from, to) = (next.len() * at / blocks, next.len() * (at + 1) / blocks);
+        amx::prefetch(&next[from..to]);
+        let x = &x[row / 16 * depth..(row + ROWS) / 16 * depth];
+        amx::block(x, self.0.group(latent), depth, sums);
+    }
+
+    fn end(&self) {
+        amx::release();
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+struct OnAvx512<'a>(Bf16<'a>);
+
+#[cfg(target_arch = "x86_64")]
+impl Product for OnAvx512<'_> {
+    fn block(&self, first: usize, row: usize, latent: usize, _: &[Tile], sums: &mut [f32]) {
+        let (x, tiles) = (self.0.rows(first + row), self.0.group(latent));
+        avx512::block(x, self.0.stride, tiles, self.0.w.depth, sums);
+    }
+}
+
+struct Reference<'a>(Bf16<'a>);
+
+impl Product for Reference<'_> {
+    fn block(&self, first: usize, row: usize, latent: usize, _: &[Tile], sums: &mut [f32]) {
+        let (x, tiles) = (self.0.rows(first + row), self.0.group(latent));
+        block_reference(x, self.0.stride, tiles, self.0.w.depth, sums);
+    }
 }
 
 /// As [`crate::element::Element::encode_topk`] for bf16.
@@ -269,61 +369,14 @@ pub(crate) fn topk_bf16(
         "rows are padded"
     );
     let row_bytes = 2 * stride;
-    let of = |first_row: usize, first_latent: usize| {
-        let x = &x[first_row * stride..(first_row + ROWS) * stride];
-        let from = first_latent / LATENTS * w.depth;
-        let to = (from + GROUP / LATENTS * w.depth).min(w.tiles.len());
-        (x, &w.tiles[from..to])
-    };
+    let operands = Bf16 { w, x, stride };
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Amx {
-        let block = |sums: &mut [f32], row, latent| {
-            let (x, tiles) = of(row, latent);
-            amx::block(x, stride, tiles, w.depth, sums);
-        };
-        return pass(
-            w.latents,
-            b_enc,
-            row_bytes,
-            k,
-            idx,
-            val,
-            amx::configure,
-            block,
-            amx::release,
-        );
+        return pass(&OnAmx(operands), b_enc, row_bytes, k, idx, val);
     } else if isa() >= Isa::Avx512 {
-        let block = |sums: &mut [f32], row, latent| {
-            let (x, tiles) = of(row, latent);
-            avx512::block(x, stride, tiles, w.depth, sums);
-        };
-        return pass(
-            w.latents,
-            b_enc,
-            row_bytes,
-            k,
-            idx,
-            val,
-            || (),
-            block,
-            || (),
-        );
+        return pass(&OnAvx512(operands), b_enc, row_bytes, k, idx, val);
     }
-    let block = |sums: &mut [f32], row, latent| {
-        let (x, tiles) = of(row, latent);
-        block_reference(x, stride, tiles, w.depth, sums);
-    };
-    pass(
-        w.latents,
-        b_enc,
-        row_bytes,
-        k,
-        idx,
-        val,
-        || (),
-        block,
-        || (),
-    )
+    pass(&Reference(operands), b_enc, row_bytes, k, idx, val)
 }
 
 /// The scalar product of a block: what the others are tested against.
@@ -359,11 +412,21 @@ pub(crate) fn topk_f32(
     let (n, latents) = (idx.len() / k.max(1), b_enc.len());
     assert_eq!(w.len(), latents * d, "w is [latents, d]");
     assert!(x.len() >= n.next_multiple_of(ROWS) * d, "rows are padded");
-    let block = |sums: &mut [f32], row: usize, latent: usize| {
-        let columns = GROUP.min(latents - latent);
-        let x = Matrix::row_major(&x[row * d..(row + ROWS) * d], d);
-        let w = Matrix::transposed(&w[latent * d..(latent + columns) * d], d);
+    pass(&OnF32 { w, x, d }, b_enc, 4 * d, k, idx, val)
+}
+
+struct OnF32<'a> {
+    w: &'a [f32],
+    x: &'a [f32],
+    d: usize,
+}
+
+impl Product for OnF32<'_> {
+    fn block(&self, first: usize, row: usize, latent: usize, _: &[Tile], sums: &mut [f32]) {
+        let (d, row) = (self.d, first + row);
+        let columns = GROUP.min(self.w.len() / d - latent);
+        let x = Matrix::row_major(&self.x[row * d..(row + ROWS) * d], d);
+        let w = Matrix::transposed(&self.w[latent * d..(latent + columns) * d], d);
         matmul_with(ROWS, columns, d, x, w, sums, GROUP, false, 1);
-    };
-    pass(latents, b_enc, 4 * d, k, idx, val, || (), block, || ())
+    }
 }

@@ -36,9 +36,9 @@ impl Candidates {
     }
 
     /// The bias of each latent, and of those that fill the last group one that never reaches a bar.
-    pub(super) fn padded(bias: &[f32], latents: usize, group: usize) -> Vec<f32> {
-        let mut bias = bias[..latents].to_vec();
-        bias.resize(latents.next_multiple_of(group), f32::NEG_INFINITY);
+    pub(super) fn padded(bias: &[f32], group: usize) -> Vec<f32> {
+        let mut bias = bias.to_vec();
+        bias.resize(bias.len().next_multiple_of(group), f32::NEG_INFINITY);
         bias
     }
 

@@ -106,9 +106,15 @@ fn products_agree_with_the_reference() {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 Isa::Amx => {
-                    amx::configure();
-                    amx::block(&x, stride, &tiles.tiles, tiles.depth, &mut found);
-                    amx::release();
+                    let product = OnAmx(Bf16 {
+                        w: &tiles,
+                        x: &x,
+                        stride,
+                    });
+                    let mut own = Vec::new();
+                    product.begin(0, ROWS, &mut own);
+                    product.block(0, 0, 0, &own, &mut found);
+                    product.end();
                 }
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 => avx512::block(&x, stride, &tiles.tiles, tiles.depth, &mut found),
