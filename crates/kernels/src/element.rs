@@ -129,7 +129,7 @@ fn weighted_sum_body<E: Widen>(
         let mut sums = *out;
         for (&w, &i) in weights.iter().zip(idx) {
             let at = i as usize * stride + b * BLOCK;
-            let row: &[E; BLOCK] = rows[at..at + BLOCK].as_array().expect("the block's length");
+            let row: &[E; BLOCK] = rows[at..].first_chunk().expect("the row is in bounds");
             for (s, r) in sums.iter_mut().zip(row) {
                 *s += w * r.widen();
             }
