@@ -43,6 +43,8 @@ enum What {
         #[arg(long)]
         json: bool,
     },
+    /// The training step of a TopK SAE: vectors a second, and the product's share of the peak.
+    Sae(super::bench_sae::Args),
 }
 
 /// Prompt length of prefill, and context of decode.
@@ -57,12 +59,18 @@ const BATCH_PROMPT: usize = 64;
 type Steered<'a> = Option<(Box<dyn InterventionState>, &'a [Site])>;
 
 pub fn run(args: Args) -> Result<()> {
-    let What::Lm {
-        model,
-        rounds,
-        json: as_json,
-    } = args.what;
-    let loaded = Loaded::open(&model, Precision::Fast)?;
+    match args.what {
+        What::Lm {
+            model,
+            rounds,
+            json,
+        } => lm(&model, rounds, json),
+        What::Sae(args) => super::bench_sae::run(&args),
+    }
+}
+
+fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
+    let loaded = Loaded::open(model, Precision::Fast)?;
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
     let tokens: Vec<u32> = (0..CONTEXT as u32)
@@ -229,7 +237,7 @@ fn plans(n_layers: usize, d_model: usize) -> Result<Vec<CompiledPlan>> {
     (0..BATCH).map(plan).collect()
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

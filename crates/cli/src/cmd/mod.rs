@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub mod bench;
+pub mod bench_sae;
 pub mod chat;
 pub mod completions;
 pub mod features;
@@ -13,4 +14,5 @@ pub mod pull;
 pub mod reference;
 pub mod report;
 pub mod sae;
+pub mod sae_fit;
 pub mod study;

@@ -44,6 +44,10 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Train an SAE on activations that `demur harvest` wrote.
+    ///
+    /// Training that was stopped goes on where it was: run the same command again.
+    Fit(super::sae_fit::Args),
     /// Show an SAE in the SAELens layout, its sums checked.
     Info {
         /// Its folder.
@@ -62,6 +66,7 @@ pub fn run(args: Args) -> Result<()> {
             runs,
             json,
         } => train(&study, &sets, runs, json),
+        Action::Fit(args) => super::sae_fit::run(&args),
         Action::Info { folder, json } => info(&folder, json),
     }
 }

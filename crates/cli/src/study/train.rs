@@ -9,7 +9,7 @@ use demur_eval::stats::{Estimate, ratio};
 use demur_features::harvest::{Sequence, harvest};
 use demur_sae::metrics::QualityMeter;
 use demur_sae::saelens::{self, WeightType};
-use demur_sae::train::{Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
 use demur_sae::{Sae, SaeConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -140,6 +140,8 @@ fn train(
         dead_after: rows.len() as u64,
         outlier: OUTLIER,
         seed: c.study.seed,
+        precision: Precision::default(),
+        clip: None,
     };
     let state = scratch.join(STATE);
     let curve_file = scratch.join("curve.json");

@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 17] = [
+    let commands: [&[&str]; 19] = [
         &[],
         &["study"],
         &["report"],
@@ -37,10 +37,12 @@ fn help_teaches_every_argument() {
         &["sae"],
         &["sae", "train"],
         &["sae", "info"],
+        &["sae", "fit"],
         &["features"],
         &["plan"],
         &["plan", "check"],
         &["bench", "lm"],
+        &["bench", "sae"],
         &["completions"],
     ];
     for command in commands {
