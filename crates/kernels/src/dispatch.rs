@@ -16,7 +16,7 @@ pub enum Isa {
     Avx2 = 2,
     /// AVX-512 (F, BW, DQ, VL) with the integer and bf16 dot products (VNNI, BF16), and AVX2.
     Avx512 = 3,
-    /// AMX tiles with bf16 and int8 products, on a system that lets the process use them, and AVX-512.
+    /// AMX tiles with bf16 products, on a system that lets the process use them, and AVX-512.
     Amx = 4,
 }
 
@@ -62,7 +62,7 @@ impl Isa {
     }
 }
 
-/// Whether the processor has AMX with bf16 and int8 products and the system gives this process its tiles.
+/// Whether the processor has AMX with bf16 products and the system gives this process its tiles.
 ///
 /// Linux saves the 8 KiB of tile data only for processes that ask, by `arch_prctl(ARCH_REQ_XCOMP_PERM,
 /// XTILEDATA)`; the answer holds for all threads.
@@ -74,11 +74,10 @@ fn amx_permitted() -> bool {
     *PERMITTED.get_or_init(|| {
         const AMX_BF16: u32 = 1 << 22;
         const AMX_TILE: u32 = 1 << 24;
-        const AMX_INT8: u32 = 1 << 25;
         const ARCH_PRCTL: usize = 158;
         const REQ_XCOMP_PERM: usize = 0x1023;
         const XTILEDATA: usize = 18;
-        if __cpuid(0).eax < 7 || !__cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE | AMX_INT8) != 0 {
+        if __cpuid(0).eax < 7 || !__cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) != 0 {
             return false;
         }
         let result: isize;

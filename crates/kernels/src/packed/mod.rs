@@ -28,12 +28,9 @@
 //!
 //! A task takes some panels, unpacks them to a byte an integer and f32 factors (`panel.rs`), and lets
 //! tiles of activations pass; what is unpacked stays in the L2 cache. For a single row AVX-512 unpacks
-//! in registers instead: then reading the weights is all the work. Where the processor has AMX, sixteen rows
-//! at a time go through its tiles, to the same bits.
+//! in registers instead: then reading the weights is all the work.
 
 mod activations;
-#[cfg(target_arch = "x86_64")]
-mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod panel;
@@ -57,16 +54,11 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
-/// The most activation rows of a vector tile.
+/// The most activation rows of a tile.
 const MAX_TILE: usize = 8;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-#[cfg(target_arch = "x86_64")]
-thread_local! {
-    static STRIPE: std::cell::Cell<amx::Stripe> = std::cell::Cell::default();
 }
 
 /// Bits that an integer is stored in.
@@ -378,36 +370,13 @@ impl Packed {
                 return;
             }
             scratch.unpack(self, panels.clone(), true);
-            #[cfg(not(target_arch = "x86_64"))]
-            let done = 0;
-            #[cfg(target_arch = "x86_64")]
-            let done = if isa() >= Isa::Amx && n >= amx::TILE {
-                let tiles = amx::Tiles::new(self);
-                let mut stripe = STRIPE.take();
-                let mut sums = [[0.0; PANEL]; amx::TILE];
-                for (t, x) in x.0.chunks_exact(amx::TILE * self.blocks).enumerate() {
-                    stripe.fill(self, x);
-                    for (at, panel) in panels.clone().enumerate() {
-                        let weights = scratch.panel(self, at, panel);
-                        amx::tile(self, &tiles, weights, &stripe, &mut sums);
-                        for (i, sums) in sums.iter().enumerate() {
-                            write(t * amx::TILE + i, panel, sums);
-                        }
-                    }
-                }
-                STRIPE.set(stripe);
-                n / amx::TILE * amx::TILE
-            } else {
-                0
-            };
             let tile = tile_rows();
-            let rest = x.0[done * self.blocks..].chunks(tile * self.blocks);
-            for (t, x) in rest.enumerate() {
+            for (t, x) in x.0.chunks(tile * self.blocks).enumerate() {
                 let sums = &mut sums[..x.len() / self.blocks];
                 for (at, panel) in panels.clone().enumerate() {
                     self.tile(scratch.panel(self, at, panel), x, sums);
                     for (i, sums) in sums.iter().enumerate() {
-                        write(done + t * tile + i, panel, sums);
+                        write(t * tile + i, panel, sums);
                     }
                 }
             }
