@@ -28,11 +28,12 @@ mod error;
 mod explain;
 mod gate;
 mod plan;
+mod run;
 
 pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
 pub use error::SteeringError;
 pub use explain::explain;
-pub use gate::{Aggregate, Gate, GateWeight};
+pub use gate::{Aggregate, Condition, Gate, GateWeight, Scope};
 pub use plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, PLAN_VERSION,
     Span, SteeringPlan, Unit,
