@@ -57,6 +57,8 @@ enum Command {
     Sae(cmd::sae::Args),
     /// List the features that a study found, or show one.
     Features(cmd::features::Args),
+    /// Train a gate, or see what one makes of prompts.
+    Gate(cmd::gate::Args),
     /// Check a steering plan, or say in words what it does.
     Plan(cmd::plan::Args),
     /// Measure speed on this machine.
@@ -96,6 +98,7 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
         Command::Harvest(args) => cmd::harvest::run(args),
         Command::Sae(args) => cmd::sae::run(args),
         Command::Features(args) => cmd::features::run(args),
+        Command::Gate(args) => cmd::gate::run(args),
         Command::Plan(args) => cmd::plan::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Completions(args) => {

@@ -280,7 +280,7 @@ pub fn train(pooled: &[Pooled], search: &Search<'_>) -> Option<Trained> {
 }
 
 /// The largest threshold at which at least `recall` of `positive` are at or above it.
-fn threshold_at(mut positive: Vec<f64>, recall: f64) -> f64 {
+pub fn threshold_at(mut positive: Vec<f64>, recall: f64) -> f64 {
     positive.sort_by(|a, b| b.total_cmp(a));
     let needed = (recall * positive.len() as f64 - 1e-9).ceil() as usize;
     positive

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod completions;
 pub mod features;
+pub mod gate;
 pub mod generate;
 pub mod harvest;
 pub mod inspect;

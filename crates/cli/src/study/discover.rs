@@ -41,6 +41,8 @@ pub struct Found {
     pub refused_unsafe: usize,
     /// `[d_sae]`, over held-out text and discovery chats.
     pub max_activation: Vec<f32>,
+    /// Fraction of tokens on which each latent is active, `[d_sae]`.
+    pub density: Vec<f64>,
     /// Mean residual norm at the site, first tokens left out.
     pub resid_norm: f32,
     /// Refused minus complied, mean residual at the last prompt token, `[d_model]`.
@@ -213,6 +215,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         },
         refused_unsafe,
         max_activation: stats.max_activation,
+        density: stats.density,
         resid_norm,
         refusal_direction: direction,
     })

@@ -20,7 +20,14 @@ use super::train::Trained;
 use super::tune::Tuned;
 
 /// Arms that somebody would deploy; the others are controls.
-const DEPLOYABLE: [Arm; 3] = [Arm::Clamp, Arm::ClampErrorDropped, Arm::DifferenceOfMeans];
+const DEPLOYABLE: [Arm; 6] = [
+    Arm::Clamp,
+    Arm::ClampErrorDropped,
+    Arm::DifferenceOfMeans,
+    Arm::ConditionalDifferenceOfMeans,
+    Arm::GatedClamp,
+    Arm::GatedClampDamped,
+];
 
 pub fn assemble(
     c: &StudyContext,
@@ -303,6 +310,22 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
         Arm::DifferenceOfMeans => (
             "Difference of means",
             "Three times the mean difference between refused and complied prompts is added. A baseline without an SAE.",
+        ),
+        Arm::FrequencyMatchedLatent => (
+            "Frequency-matched latents",
+            "As many other latents that fire about as often, set so that the residual moves about as far. A control.",
+        ),
+        Arm::ConditionalDifferenceOfMeans => (
+            "Conditional difference of means",
+            "The difference of means is added where the residual is like that of unsafe prompts. A baseline without an SAE, after CAST.",
+        ),
+        Arm::GatedClamp => (
+            "Gated clamp",
+            "The strongest clamp, only where the trained gate takes the request for unsafe.",
+        ),
+        Arm::GatedClampDamped => (
+            "Gated clamp, damped",
+            "The gated clamp, and where the gate is closed the same latents are damped.",
         ),
         Arm::SystemPrompt => (
             "System prompt",
