@@ -59,7 +59,7 @@ enum Command {
     Features(cmd::features::Args),
     /// Train a gate, or see what one makes of prompts.
     Gate(cmd::gate::Args),
-    /// Check a steering plan, or say in words what it does.
+    /// Check a steering plan, say in words what it does, or compare two.
     Plan(cmd::plan::Args),
     /// Measure speed on this machine.
     Bench(cmd::bench::Args),

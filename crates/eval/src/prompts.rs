@@ -113,9 +113,11 @@ pub fn shipped_styled() -> Result<Vec<Prompt>, EvalError> {
 /// # Errors
 /// As [`shipped_pairs`].
 pub fn shipped_instructions() -> Result<Vec<Prompt>, EvalError> {
-    parse("instructions.jsonl", INSTRUCTIONS.as_bytes(), |p: &Prompt| {
-        &p.id
-    })
+    parse(
+        "instructions.jsonl",
+        INSTRUCTIONS.as_bytes(),
+        |p: &Prompt| &p.id,
+    )
 }
 
 /// The ordinary requests that demur ships.
@@ -245,7 +247,12 @@ mod tests {
         let (pairs, styled) = (shipped_pairs().unwrap(), shipped_styled().unwrap());
         let (benign, instructions) = (shipped_benign().unwrap(), shipped_instructions().unwrap());
         let count = |rows: &[Prompt], split| rows.iter().filter(|p| p.split == Some(split)).count();
-        let splits = [Split::Discovery, Split::Validation, Split::Test, Split::Corpus];
+        let splits = [
+            Split::Discovery,
+            Split::Validation,
+            Split::Test,
+            Split::Corpus,
+        ];
         assert_eq!(splits.map(|s| count(&styled, s)), [360, 192, 264, 0]);
         assert_eq!(splits.map(|s| count(&instructions, s)), [181, 61, 61, 0]);
         // a pair has two sides, alike in all but the label
@@ -258,7 +265,10 @@ mod tests {
                 panic!("{side:?}");
             };
             assert_eq!((a.label, b.label), (Some(Label::Unsafe), Some(Label::Safe)));
-            assert_eq!((a.split, &a.category, &a.style), (b.split, &b.category, &b.style));
+            assert_eq!(
+                (a.split, &a.category, &a.style),
+                (b.split, &b.category, &b.style)
+            );
         }
         // every known category is in every split, every new one in one split only
         let old: HashSet<_> = pairs.iter().map(|p| &p.category).collect();

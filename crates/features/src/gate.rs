@@ -52,7 +52,7 @@ pub struct Pooled {
 /// Reads prompts in every way: the latents of `sae`, and the raw residual for comparison.
 ///
 /// Returns the latents' rows, `d_sae` wide, twelve readings; and the residual's, `d_model` wide,
-/// of which membership says nothing.
+/// of which membership says nothing. `on_prompt` is called after each.
 ///
 /// # Errors
 /// What the model refuses.
@@ -62,6 +62,7 @@ pub fn read(
     sae: &Sae,
     sequences: &[Sequence],
     batch_tokens: usize,
+    mut on_prompt: impl FnMut(),
 ) -> Result<(Vec<Pooled>, Vec<Pooled>), FeatureError> {
     let of = |membership| {
         let roles = [vec![Role::User], vec![Role::User, Role::Template]];
@@ -95,15 +96,19 @@ pub fn read(
             }
         }
         pool_all(&mut exact, &acts, roles);
+        // Only rows that are read: the pre-activations are most of the cost.
         acts.par_chunks_mut(sae.d_sae())
             .zip(x.par_chunks(d))
-            .for_each(|(acts, x)| {
+            .zip(roles)
+            .filter(|(_, role)| matches!(role, Role::User | Role::Template))
+            .for_each(|((acts, x), _)| {
                 for (j, a) in acts.iter_mut().enumerate() {
                     *a = sae.latent(x, j);
                 }
             });
         pool_all(&mut pre, &acts, roles);
         pool_all(&mut raw, x, roles);
+        on_prompt();
         Ok(())
     })?;
     exact.extend(pre);

@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod compile;
+mod diff;
 mod error;
 mod explain;
 mod gate;
@@ -31,6 +32,7 @@ mod plan;
 mod run;
 
 pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
+pub use diff::{Change, diff};
 pub use error::SteeringError;
 pub use explain::explain;
 pub use gate::{Aggregate, Condition, Gate, GateWeight, Scope};

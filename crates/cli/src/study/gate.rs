@@ -97,7 +97,9 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
     let sequences: Vec<Sequence> = items.iter().map(|i| with_reply(i, &[])).collect();
     let bar = Progress::new("gate", "prompts", prompts.len() as u64);
     let tokens = c.study.model.batch_tokens;
-    let (latents, residual) = gate::read(&c.loaded.model, c.site, sae, &sequences, tokens)?;
+    let (latents, residual) = gate::read(&c.loaded.model, c.site, sae, &sequences, tokens, || {
+        bar.advance(1)
+    })?;
     bar.finish();
     let cfg = &c.study.gate;
     let search = Search {
