@@ -278,20 +278,28 @@ pub fn train(pooled: &[Pooled], search: &Search<'_>) -> Option<Trained> {
         threshold: 0.0,
         tried: fitted.into_iter().map(|f| f.0).collect(),
     };
-    let validation = search.validation.clone().filter(|&i| labels[i]);
-    let caught: Vec<f64> = validation.map(|i| trained.score(&rows[i])).collect();
-    trained.threshold = threshold_at(caught, search.recall);
+    let validation = search.validation.clone();
+    let scored: Vec<(f64, bool)> = validation
+        .map(|i| (trained.score(&rows[i]), labels[i]))
+        .collect();
+    trained.threshold = threshold_at(&scored, search.recall);
     Some(trained)
 }
 
-/// The largest threshold at which at least `recall` of `positive` are at or above it.
-pub fn threshold_at(mut positive: Vec<f64>, recall: f64) -> f64 {
+/// A threshold at which at least `recall` of the unsafe among `(score, unsafe)` are at or above it,
+/// and no more than need be: half-way between the last one needed and the next score below, so that
+/// rounding does not decide.
+pub fn threshold_at(scored: &[(f64, bool)], recall: f64) -> f64 {
+    let mut positive: Vec<f64> = scored.iter().filter(|s| s.1).map(|s| s.0).collect();
     positive.sort_by(|a, b| b.total_cmp(a));
     let needed = (recall * positive.len() as f64 - 1e-9).ceil() as usize;
-    positive
-        .get(needed.clamp(1, positive.len().max(1)) - 1)
-        .copied()
-        .unwrap_or_default()
+    let last = positive.get(needed.clamp(1, positive.len().max(1)) - 1);
+    let last = last.copied().unwrap_or_default();
+    let lower = scored.iter().map(|s| s.0).filter(|s| *s < last);
+    match lower.max_by(f64::total_cmp) {
+        Some(below) => 0.5 * (last + below),
+        None => last,
+    }
 }
 
 /// A linear score of some columns.
@@ -519,11 +527,13 @@ mod tests {
 
     #[test]
     fn thresholds_reach_the_recall_and_no_more() {
-        let scores = vec![0.1, 0.9, 0.5, 0.3];
-        assert_eq!(threshold_at(scores.clone(), 0.75), 0.3);
-        assert_eq!(threshold_at(scores.clone(), 0.76), 0.1);
-        assert_eq!(threshold_at(scores.clone(), 0.0), 0.9);
-        assert_eq!(threshold_at(scores, 1.0), 0.1);
+        let mut scored = vec![(0.1, true), (0.9, true), (0.5, true), (0.3, true)];
+        assert_eq!(threshold_at(&scored, 0.75), 0.2);
+        assert_eq!(threshold_at(&scored, 0.76), 0.1);
+        assert_eq!(threshold_at(&scored, 0.0), 0.7);
+        assert_eq!(threshold_at(&scored, 1.0), 0.1);
+        scored.push((0.25, false));
+        assert_eq!(threshold_at(&scored, 0.75), 0.275);
     }
 
     #[test]

@@ -271,8 +271,7 @@ fn condition(
     };
     let scores = last.rows.iter().map(cosine);
     let scored: Vec<(f64, bool)> = scores.zip(search.labels.iter().copied()).collect();
-    let caught = search.validation.clone().filter(|&i| search.labels[i]);
-    let threshold = gate::threshold_at(caught.map(|i| scored[i].0).collect(), search.recall);
+    let threshold = gate::threshold_at(&scored[search.validation.clone()], search.recall);
     let gate = Gate {
         site: c.site.to_string(),
         sae: None,
@@ -282,8 +281,7 @@ fn condition(
         bias: 0.0,
         aggregate: Aggregate::Last,
         scope: Scope::Conversation,
-        // Rounded down: what is at the threshold must not fall below it.
-        threshold: (threshold - 1e-6) as f32,
+        threshold: threshold as f32,
         hysteresis: 0.0,
         latch: false,
         roles: roles.to_vec(),
