@@ -470,6 +470,31 @@ pub fn reliability(scored: &[(f64, bool)]) -> (Vec<Reliability>, f64) {
     (diagram.collect(), error)
 }
 
+/// What a gate makes of some prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// First all, then parts.
+    pub groups: Vec<Group>,
+    /// False alarms and recall.
+    pub roc: Vec<(f64, f64)>,
+    /// Recall at no more than 5 % false alarms.
+    pub recall_at_5_percent: f64,
+    /// In ten bins.
+    pub reliability: Vec<Reliability>,
+    /// Expected calibration error.
+    pub calibration_error: f64,
+}
+
+/// A part of the prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    /// What is caught of it.
+    #[serde(flatten)]
+    pub detection: Detection,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,14 +14,15 @@ pub fn explain(plan: &SteeringPlan) -> String {
     if plan.interventions.is_empty() {
         return "Nothing is changed: the model runs as it is.".to_owned();
     }
-    let gates = plan.gates.iter().map(|(name, g)| gate(name, g));
+    let gates = plan.gates.iter().map(|(name, g)| explain_gate(name, g));
     gates
         .chain(plan.interventions.iter().map(sentence))
         .collect::<Vec<_>>()
         .join("\n")
 }
 
-fn gate(name: &str, gate: &Gate) -> String {
+/// Says in plain English when a gate is open.
+pub fn explain_gate(name: &str, gate: &Gate) -> String {
     let what = match (gate.weights.len(), gate.aggregate) {
         (0, how) => format!("the {} cosine with its direction", aggregate(how)),
         (n, Aggregate::LatentMax) => {

@@ -34,7 +34,7 @@ mod run;
 pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
 pub use diff::{Change, diff};
 pub use error::SteeringError;
-pub use explain::explain;
+pub use explain::{explain, explain_gate};
 pub use gate::{Aggregate, Condition, Gate, GateWeight, Scope};
 pub use plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, PLAN_VERSION,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Label};
 use demur_eval::stats::Estimate;
-use demur_features::gate::{Detection, detection, recall_at};
+use demur_features::gate::{Detection, Group, detection, recall_at};
 use demur_features::harvest::{Sequence, harvest};
 use demur_model::hooks::{Intervention, Rows};
 use demur_steering::CompiledPlan;
@@ -20,7 +20,7 @@ use crate::exit;
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, say};
 use crate::study::config::Precision;
-use crate::study::{Group, Options, TrainedGate, gate_only};
+use crate::study::{Options, TrainedGate, gate_only};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

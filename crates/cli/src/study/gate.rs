@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_features::gate::{
-    self, Detection, Pooled, Reliability, Search, Tried, detection, recall_at, reliability, roc,
+    self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
 };
 use demur_features::harvest::Sequence;
 use demur_model::hooks::Role;
@@ -46,26 +46,6 @@ pub struct Trained {
     pub condition: Gate,
     pub condition_validation: Detection,
     pub condition_test: Detection,
-}
-
-/// What a gate makes of a split.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Report {
-    /// First all; then against look-alikes and ordinary requests alone; then parts.
-    pub groups: Vec<Group>,
-    /// False alarms and recall.
-    pub roc: Vec<(f64, f64)>,
-    pub recall_at_5_percent: f64,
-    pub reliability: Vec<Reliability>,
-    pub calibration_error: f64,
-}
-
-/// A part of a split.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Group {
-    pub name: String,
-    #[serde(flatten)]
-    pub detection: Detection,
 }
 
 impl Trained {

@@ -36,7 +36,7 @@ use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{note, say};
 use config::{SaeSource, ShippedPairs, Study};
-pub use gate::{Group, Trained as TrainedGate};
+pub use gate::Trained as TrainedGate;
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 
@@ -122,7 +122,16 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
         evaluate::run(c, &working, &found, gate.as_ref(), &tuned, scratch)
     })?;
-    let record = record::assemble(c, &run, &model_sha256, &trained, &found, &tuned, &evaluated)?;
+    let record = record::assemble(
+        c,
+        &run,
+        &model_sha256,
+        &trained,
+        gate.as_ref(),
+        &found,
+        &tuned,
+        &evaluated,
+    )?;
     record.write(&run.dir.join("record.json"))?;
     let html = crate::report::render(&record)?;
     write_atomic(&run.dir.join("report.html"), html.as_bytes())?;

@@ -5,16 +5,17 @@ use demur_eval::arms::Reply;
 use demur_eval::judge::Verdict;
 use demur_eval::prompts::{Label, Prompt, Split};
 use demur_eval::record::{
-    ArmReply, ArmResult, CategoryCount, Device, Difference, Discovery, Metric, ModelFacts, Record,
-    ReplyRow, SCHEMA, SaeFacts, SplitCount, StageTime, Tune, Versions, verdict,
+    ArmReply, ArmResult, CategoryCount, Device, Difference, Discovery, GateFacts, Metric,
+    ModelFacts, Record, ReplyRow, SCHEMA, SaeFacts, SplitCount, StageTime, Tune, Versions, verdict,
 };
 use demur_eval::stats::{self, Estimate, mcnemar, paired_difference, wilson};
-use demur_steering::explain;
+use demur_steering::{explain, explain_gate};
 
 use super::StudyContext;
 use super::config::Arm;
 use super::discover::Found;
 use super::evaluate::{ArmRun, test_prompts};
+use super::gate::{GATE_NAME, Trained as TrainedGate};
 use super::run::Run;
 use super::train::Trained;
 use super::tune::Tuned;
@@ -29,11 +30,13 @@ const DEPLOYABLE: [Arm; 6] = [
     Arm::GatedClampDamped,
 ];
 
+#[allow(clippy::too_many_arguments)] // one a stage
 pub fn assemble(
     c: &StudyContext,
     run: &Run,
     model_sha256: &str,
     trained: &Trained,
+    gate: Option<&TrainedGate>,
     found: &Found,
     tuned: &Tuned,
     runs: &[ArmRun],
@@ -118,6 +121,15 @@ pub fn assemble(
                 safe: c.prompts(split, Label::Safe).len(),
             })
             .collect(),
+        gate: gate.map(|g| GateFacts {
+            latents: g.gate.weights.len(),
+            site: g.gate.site.clone(),
+            in_words: explain_gate(GATE_NAME, &g.gate),
+            validation: g.validation.clone(),
+            test: g.test.clone(),
+            residual_test: g.residual_test.clone(),
+            condition_test: g.condition_test.clone(),
+        }),
         discovery: Discovery {
             methods: found.table.methods.clone(),
             refused_unsafe: found.refused_unsafe,

@@ -2,8 +2,6 @@
 
 use std::fs;
 
-use serde_json::Value;
-
 use crate::support::{Place, model};
 
 #[test]
@@ -80,8 +78,11 @@ fn a_gate_is_trained_tested_and_used() {
     let args = ["-q", "study", "tiny.toml", "--runs", "runs", "--set", arms];
     place.run([&args[..], &sets].concat()).succeeded();
     let record = place.record("runs");
-    let plans: Vec<&Value> = record["arms"].as_array().unwrap().iter().collect();
-    assert_eq!(plans.len(), 5);
+    assert_eq!(record["arms"].as_array().unwrap().len(), 5);
+    let facts = &record["gate"]["test"]["groups"][0];
+    assert_eq!(facts["recall"], all["recall"]);
+    let page = fs::read_to_string(place.path("runs/tiny/report.html")).unwrap();
+    assert!(page.contains("id=\"gate\"") && page.contains("href=\"#gate\""));
     for row in record["replies"].as_array().unwrap() {
         let audit = |arm: &str| {
             let reply = row["replies"]
@@ -113,6 +114,16 @@ fn a_gate_is_trained_tested_and_used() {
         assert!(open || text("gated_clamp") == text("base"));
         assert!(audit("conditional_difference_of_means")["gates"][0]["score"].is_f64());
     }
+    // Batch equals single, gates and all.
+    let one = [
+        "--set",
+        "model.max_batch=1",
+        "--set",
+        "model.batch_tokens=32",
+    ];
+    let args = ["-q", "study", "tiny.toml", "--runs", "one", "--set", arms];
+    place.run([&args[..], &sets, &one].concat()).succeeded();
+    assert_eq!(place.record("one")["replies"], record["replies"]);
     let again = [
         "-q",
         "gate",
