@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use demur_features::gate::{Detection, Report};
 use demur_features::stats::Estimate;
 use demur_features::table::Feature;
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,9 @@ pub struct Record {
     pub model: ModelFacts,
     pub sae: SaeFacts,
     pub splits: Vec<SplitCount>,
+    /// The gate, if an arm has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateFacts>,
     pub discovery: Discovery,
     pub tune: Tune,
     pub plan: Value,
@@ -143,6 +147,23 @@ pub struct SplitCount {
     pub split: Split,
     pub r#unsafe: usize,
     pub safe: usize,
+}
+
+/// A trained gate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct GateFacts {
+    /// Latents that it reads.
+    pub latents: usize,
+    pub site: String,
+    pub in_words: String,
+    /// On the prompts that it was chosen on.
+    pub validation: Report,
+    pub test: Report,
+    /// A probe on the raw residual, trained and chosen the same way, on the test prompts.
+    pub residual_test: Detection,
+    /// The cosine condition of CAST, on the test prompts.
+    pub condition_test: Detection,
 }
 
 /// What discovery found.

@@ -5,6 +5,7 @@ pub mod bench_sae;
 pub mod chat;
 pub mod completions;
 pub mod features;
+pub mod gate;
 pub mod generate;
 pub mod harvest;
 pub mod inspect;

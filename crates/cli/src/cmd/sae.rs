@@ -31,7 +31,7 @@ enum Action {
     /// Train the SAE of a study: its stages pull, harvest and train.
     #[command(after_help = EXAMPLES)]
     Train {
-        /// A TOML file, or a built-in study: quickstart, quickstart-sae, phi3-refusal.
+        /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
         #[arg(default_value = "quickstart-sae")]
         study: String,
         /// Change a value, for instance `--set train.k=64`; may be repeated.

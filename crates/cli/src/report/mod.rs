@@ -12,6 +12,7 @@ mod categories;
 mod chart;
 mod features;
 mod format;
+mod gate;
 mod hero;
 mod labels;
 mod marker;

@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 19] = [
+    let commands: [&[&str]; 21] = [
         &[],
         &["study"],
         &["report"],
@@ -41,6 +41,9 @@ fn help_teaches_every_argument() {
         &["features"],
         &["plan"],
         &["plan", "check"],
+        &["plan", "diff"],
+        &["gate", "train"],
+        &["gate", "test"],
         &["bench", "lm"],
         &["bench", "sae"],
         &["completions"],

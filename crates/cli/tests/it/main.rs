@@ -2,6 +2,7 @@
 
 mod commands;
 mod fit;
+mod gates;
 mod hostile;
 mod resume;
 mod study;
