@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 21] = [
+    let commands: [&[&str]; 22] = [
         &[],
         &["study"],
         &["report"],
