@@ -136,6 +136,12 @@ fn compile_one(
     if let Some(name) = &spec.sae {
         let entry = entry(saes, name, place)?;
         width(format!("SAE '{name}'"), entry.sae.d_model())?;
+        if entry.sae.wiring().transcoder {
+            return Err(site_error(format!(
+                "'{name}' is a transcoder, which writes another site than it reads; an edit needs \
+                 an SAE of its own site"
+            )));
+        }
         let latents = spec.edits.iter().map(|e| e.latent);
         let read = spec
             .gate
@@ -371,7 +377,7 @@ impl Compiled {
         let reconstruction = match (&codes, &self.sae, self.error_term) {
             (Some(codes), Some(sae), ErrorTerm::Dropped) => {
                 let mut out = vec![0.0; n * d];
-                sae.decode(codes, &mut out);
+                sae.reconstruct(resid, codes, &mut out);
                 Some(out)
             }
             _ => None,
@@ -381,10 +387,11 @@ impl Compiled {
             let x = &mut resid[t * d..(t + 1) * d];
             delta.fill(0.0);
             if let Some(sae) = &self.sae {
+                let unit = sae.unit(x);
                 for (e, (edit, value)) in self.edits.iter().enumerate() {
                     let f = read(t, edit.latent, x);
                     memory.before[e] += f64::from(f);
-                    let change = change(edit.op, *value, f);
+                    let change = unit * change(edit.op, *value, f);
                     if change != 0.0 {
                         for (o, w) in delta.iter_mut().zip(sae.decoder_row(edit.latent as usize)) {
                             *o += change * w;

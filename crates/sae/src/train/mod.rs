@@ -40,7 +40,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SaeError;
-use crate::topk::{Sae, SaeConfig, encode_tiles};
+use crate::sae::{Sae, SaeConfig, encode_tiles};
 pub use data::{Rows, ScaledRows};
 
 /// Adam's decay rates and the constant in its denominator.
