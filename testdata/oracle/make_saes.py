@@ -200,7 +200,7 @@ def by_equations():
     enc, dec, b, b_dec, norm, threshold = noise(M, D), noise(D, M), noise(M), noise(D), 7.0, 0.5
     s = np.sqrt(D) / norm
     p = (x * s) @ enc.T + b
-    acts = relu(p) * (p > threshold)
+    acts = relu(p) * (p > threshold * s)
     folder = done("llama-scope", acts, (acts @ dec.T + b_dec) / s)
     (folder / "checkpoints").mkdir(exist_ok=True)
     save_file({

@@ -561,7 +561,10 @@ mod tests {
             if codes.k == 2 {
                 assert_eq!((&codes.idx[..], &codes.val[..]), (&idx[..], &val[..]));
             } else {
-                assert_eq!((codes.idx, codes.val), (vec![idx[0], idx[1]], vec![val[0], val[1]]));
+                assert_eq!(
+                    (codes.idx, codes.val),
+                    (vec![idx[0], idx[1]], vec![val[0], val[1]])
+                );
                 assert_eq!(n, 2);
             }
             // one latent of one row, and one row alone, are as in a batch

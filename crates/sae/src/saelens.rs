@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::arch::{Activation, InputNorm, Wiring};
 use crate::error::SaeError;
+use crate::formats::folder::write_folder;
 use crate::formats::tensors::{LIMIT, Tensors, transpose};
 use crate::sae::{Sae, SaeConfig};
 
@@ -218,7 +219,10 @@ pub fn parse(place: &str, files: Files<'_>) -> Result<Sae, SaeError> {
         ("d_out", transcoder),
     ] {
         if config.contains_key(key) && !only {
-            return Err(format(CONFIG, format!("key '{key}' is not known for {name}")));
+            return Err(format(
+                CONFIG,
+                format!("key '{key}' is not known for {name}"),
+            ));
         }
     }
     let d_out = if transcoder { size("d_out")? } else { d };
@@ -323,53 +327,16 @@ pub fn save(
     ty: WeightType,
     training: &Value,
 ) -> Result<String, SaeError> {
-    let io = |path: &Path| {
-        let path = path.display().to_string();
-        move |source| SaeError::Io { path, source }
-    };
-    let parent = folder
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(io(parent))?;
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777)); // less the umask, as any folder
-    }
-    let scratch = builder
-        .prefix(".sae-")
-        .tempdir_in(parent)
-        .map_err(io(parent))?;
     let (config, weights) = (config_json(sae, ty)?, weights_bytes(sae, ty)?);
     let sum = hex(&weights);
     let manifest = json!({
         "format": "saelens-6",
-        "sha256": { CONFIG: hex(&config), WEIGHTS: sum },
+        "sha256": { CONFIG: hex(&config), WEIGHTS: &sum },
         "training": training,
     });
     let manifest = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
-    for (name, bytes) in [
-        (CONFIG, &config),
-        (WEIGHTS, &weights),
-        (MANIFEST, &manifest),
-    ] {
-        let path = scratch.path().join(name);
-        fs::write(&path, bytes).map_err(io(&path))?;
-        fs::File::open(&path)
-            .and_then(|f| f.sync_all())
-            .map_err(io(&path))?;
-    }
-    let fresh = scratch.keep();
-    if folder.join(CONFIG).is_file() {
-        let old = parent.join(format!(".sae-old-{}", std::process::id()));
-        fs::rename(folder, &old).map_err(io(folder))?;
-        fs::rename(&fresh, folder).map_err(io(folder))?;
-        fs::remove_dir_all(&old).map_err(io(&old))?;
-    } else {
-        fs::rename(&fresh, folder).map_err(io(folder))?;
-    }
+    let files = [(CONFIG, config), (WEIGHTS, weights), (MANIFEST, manifest)];
+    write_folder(folder, &files)?;
     Ok(sum)
 }
 

@@ -37,6 +37,7 @@ fn help_teaches_every_argument() {
         &["sae"],
         &["sae", "train"],
         &["sae", "info"],
+        &["sae", "convert"],
         &["features"],
         &["plan"],
         &["plan", "check"],

@@ -138,5 +138,13 @@ pub fn parse(place: &str, config: &[u8], bytes: &[u8]) -> Result<Sae, SaeError> 
         centre,
         ..Wiring::default()
     };
-    Sae::of(cfg, activation, wiring, w_enc, scaled(b_enc), w_dec, scaled(b_dec))
+    Sae::of(
+        cfg,
+        activation,
+        wiring,
+        w_enc,
+        scaled(b_enc),
+        w_dec,
+        scaled(b_dec),
+    )
 }

@@ -65,5 +65,13 @@ fn of_tensors(mut t: Tensors, [enc, dec]: [&str; 2]) -> Result<Sae, SaeError> {
         ..Wiring::default()
     };
     let activation = Activation::JumpRelu { threshold };
-    Sae::of(unnamed(d, m, m), activation, wiring, w_enc, b_enc, w_dec, b_dec)
+    Sae::of(
+        unnamed(d, m, m),
+        activation,
+        wiring,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+    )
 }

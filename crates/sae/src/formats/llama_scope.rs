@@ -6,7 +6,8 @@
 //! | `checkpoints/final.safetensors` | `encoder.weight [m, d]`, `encoder.bias`, `decoder.weight [d, m]`, `decoder.bias` |
 //!
 //! Inputs are scaled by `s = sqrt(d) / norm` and not centred; the scale is folded: `W_enc s`,
-//! `W_dec / s`, `b_dec / s`.
+//! `W_dec / s`, `b_dec / s`. The stored threshold is in units of the raw stream, so `threshold s` is
+//! compared with pre-activations (as SAELens' loader has it; the files do not say).
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ const WEIGHTS: &str = "checkpoints/final.safetensors";
 
 /// Values that change the equations, with the only ones that are read.
 const FIXED: [(&str, &[&str]); 7] = [
-    ("act_fn", &["\"jumprelu\"", "\"relu\""]),
+    ("act_fn", &["\"jumprelu\""]),
     ("use_glu_encoder", &["false"]),
     ("use_decoder_bias", &["true"]),
     ("apply_decoder_bias_to_pre_encoder", &["false"]),
@@ -74,7 +75,9 @@ pub fn parse(place: &str, config: &[u8], weights: &[u8]) -> Result<Sae, SaeError
             && !values.contains(&v.to_string().as_str())
         {
             let only = values.join(", ");
-            return Err(wrong(format!("{key} = {v} is not supported; supported: {only}")));
+            return Err(wrong(format!(
+                "{key} = {v} is not supported; supported: {only}"
+            )));
         }
     }
     let positive = |key: &str, v: Option<&Value>| {
@@ -113,7 +116,7 @@ pub fn parse(place: &str, config: &[u8], weights: &[u8]) -> Result<Sae, SaeError
         ..Wiring::default()
     };
     let activation = Activation::JumpRelu {
-        threshold: vec![threshold; m],
+        threshold: vec![threshold * s; m],
     };
     Sae::of(cfg, activation, wiring, w_enc, b_enc, w_dec, b_dec)
 }

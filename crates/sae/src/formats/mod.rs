@@ -15,6 +15,7 @@
 //! is executed.
 
 pub mod dictionary_learning;
+pub(crate) mod folder;
 pub mod gemma_scope;
 pub mod llama_scope;
 mod npz;
@@ -166,7 +167,10 @@ pub(crate) fn torch(
     place: &str,
     dict: std::collections::BTreeMap<String, pickle::Value>,
 ) -> (Tensors, std::collections::BTreeMap<String, pickle::Value>) {
-    let (mut map, mut rest) = (std::collections::BTreeMap::new(), std::collections::BTreeMap::new());
+    let (mut map, mut rest) = (
+        std::collections::BTreeMap::new(),
+        std::collections::BTreeMap::new(),
+    );
     for (name, value) in dict {
         match value {
             pickle::Value::Tensor(t) => {

@@ -64,7 +64,10 @@ fn array(bytes: &[u8]) -> Result<Tensor, String> {
         .iter()
         .try_fold(element.size(), |n, s| n.checked_mul(*s));
     if n != Some(data.len()) {
-        return Err(format!("shape {shape:?} and {} bytes don't fit", data.len()));
+        return Err(format!(
+            "shape {shape:?} and {} bytes don't fit",
+            data.len()
+        ));
     }
     Ok(Tensor {
         shape,

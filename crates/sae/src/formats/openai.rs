@@ -74,5 +74,13 @@ pub fn parse(place: &str, bytes: &[u8]) -> Result<Sae, SaeError> {
         input_norm,
         ..Wiring::default()
     };
-    Sae::of(unnamed(d, m, k), activation, wiring, w_enc, b_enc, w_dec, b_dec)
+    Sae::of(
+        unnamed(d, m, k),
+        activation,
+        wiring,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+    )
 }

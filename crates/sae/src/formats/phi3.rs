@@ -51,7 +51,11 @@ pub fn parse(place: &str, config: &[u8], weights: &[u8]) -> Result<Sae, SaeError
     }
     t.finish()?;
     let softplus = |v: f32| v.max(0.0) + (-v.abs()).exp().ln_1p();
-    let scale = s.iter().zip(&factor).map(|(s, f)| softplus(*s) * f).collect();
+    let scale = s
+        .iter()
+        .zip(&factor)
+        .map(|(s, f)| softplus(*s) * f)
+        .collect();
     let activation = Activation::Gated {
         b_gate,
         scale,
@@ -62,5 +66,13 @@ pub fn parse(place: &str, config: &[u8], weights: &[u8]) -> Result<Sae, SaeError
         ..Wiring::default()
     };
     let b_enc = vec![0.0; m];
-    Sae::of(unnamed(d, m, m), activation, wiring, w_enc, b_enc, w_dec, b_dec)
+    Sae::of(
+        unnamed(d, m, m),
+        activation,
+        wiring,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+    )
 }

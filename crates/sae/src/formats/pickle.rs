@@ -136,7 +136,11 @@ impl View {
         let mut data = Vec::with_capacity(n);
         let mut at = vec![0usize; self.shape.len()];
         for _ in 0..n {
-            let i = self.offset + at.iter().zip(&self.stride).map(|(a, s)| a * s).sum::<usize>();
+            let i = self.offset
+                + at.iter()
+                    .zip(&self.stride)
+                    .map(|(a, s)| a * s)
+                    .sum::<usize>();
             data.push(all[i]);
             for (a, s) in at.iter_mut().zip(&self.shape).rev() {
                 *a += 1;
@@ -209,7 +213,9 @@ impl<'a> Machine<'a> {
     }
 
     fn pop(&mut self) -> Result<Id, String> {
-        self.stack.pop().ok_or_else(|| "the stack is empty".to_owned())
+        self.stack
+            .pop()
+            .ok_or_else(|| "the stack is empty".to_owned())
     }
 
     fn top(&self) -> Result<Id, String> {
@@ -234,7 +240,11 @@ impl<'a> Machine<'a> {
     }
 
     fn tuple(&mut self, n: usize) -> Result<(), String> {
-        let from = self.stack.len().checked_sub(n).ok_or("the stack is empty")?;
+        let from = self
+            .stack
+            .len()
+            .checked_sub(n)
+            .ok_or("the stack is empty")?;
         let items = self.stack.split_off(from);
         self.push(Node::Tuple(items));
         Ok(())
@@ -439,7 +449,10 @@ impl<'a> Machine<'a> {
                 Node::Tensor(view) => Ok(Node::Tensor(view.clone())),
                 _ => Err("a parameter is not a tensor".to_owned()),
             },
-            _ => Err(format!("{global:?} is called with {} arguments", args.len())),
+            _ => Err(format!(
+                "{global:?} is called with {} arguments",
+                args.len()
+            )),
         }
     }
 }
@@ -455,6 +468,10 @@ fn global(module: &str, name: &str) -> Result<Global, String> {
         ("torch", "BFloat16Storage") => Global::Storage(Element::Bf16),
         ("torch", "IntStorage") => Global::Storage(Element::I32),
         ("torch", "LongStorage") => Global::Storage(Element::I64),
-        _ => return Err(format!("it names {module}.{name}, which is refused: nothing in a pickle is executed")),
+        _ => {
+            return Err(format!(
+                "it names {module}.{name}, which is refused: nothing in a pickle is executed"
+            ));
+        }
     })
 }

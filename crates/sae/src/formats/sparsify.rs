@@ -15,6 +15,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
+use super::folder::write_folder;
 use super::tensors::Tensors;
 use super::{object, read, size};
 use crate::arch::{Activation, InputNorm, Wiring};
@@ -50,7 +51,13 @@ pub fn load(folder: &Path) -> Result<Sae, SaeError> {
         .and_then(|b| serde_json::from_slice::<Value>(&b).ok())
         .and_then(|v| Some(v["model"].as_str()?.to_owned()))
         .unwrap_or_default();
-    parse(&folder.display().to_string(), &config, &weights, &hook, &model)
+    parse(
+        &folder.display().to_string(),
+        &config,
+        &weights,
+        &hook,
+        &model,
+    )
 }
 
 /// Reads files that are in memory; `place` is for messages.
@@ -111,7 +118,15 @@ pub fn parse(
         transcoder,
         w_skip,
     };
-    Sae::of(cfg, Activation::TopK { k }, wiring, w_enc, b_enc, w_dec, b_dec)
+    Sae::of(
+        cfg,
+        Activation::TopK { k },
+        wiring,
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+    )
 }
 
 /// The two files of a TopK SAE: `cfg.json`, `sae.safetensors` (f32).
@@ -127,7 +142,10 @@ pub fn to_bytes(sae: &Sae) -> Result<[(&'static str, Vec<u8>); 2], SaeError> {
         return Err(unfit("apply_b_dec_to_input", wiring.centre.to_string()));
     }
     if wiring.input_norm != InputNorm::None {
-        return Err(unfit("normalize_activations", wiring.input_norm.name().to_owned()));
+        return Err(unfit(
+            "normalize_activations",
+            wiring.input_norm.name().to_owned(),
+        ));
     }
     let (d, m) = (sae.d_model(), sae.d_sae());
     if sae.d_out() != d {
@@ -170,6 +188,14 @@ pub fn to_bytes(sae: &Sae) -> Result<[(&'static str, Vec<u8>); 2], SaeError> {
     let weights = safetensors::serialize(views, None).map_err(failed)?;
     let config = serde_json::to_vec_pretty(&config).unwrap_or_default();
     Ok([(CONFIG, config), (WEIGHTS, weights)])
+}
+
+/// Writes `sae` to `folder`, which must not exist or hold an SAE.
+///
+/// # Errors
+/// As [`to_bytes`]; [`SaeError::Io`], and a folder that was there is left as it was.
+pub fn save(sae: &Sae, folder: &Path) -> Result<(), SaeError> {
+    write_folder(folder, &to_bytes(sae)?)
 }
 
 fn unfit(field: &'static str, value: String) -> SaeError {

@@ -153,10 +153,7 @@ impl Tensors {
     pub(crate) fn scalar(&mut self, name: &str) -> Result<f32, SaeError> {
         match self.map.remove(name) {
             Some(t) if t.data.len() == 1 => Ok(t.data[0]),
-            Some(t) => Err(self.error(format!(
-                "'{name}' has shape {:?}, not one number",
-                t.shape
-            ))),
+            Some(t) => Err(self.error(format!("'{name}' has shape {:?}, not one number", t.shape))),
             None => Err(self.error(format!("'{name}' is missing"))),
         }
     }

@@ -38,12 +38,19 @@ pub(crate) fn entries(bytes: &[u8]) -> Result<BTreeMap<String, &[u8]>, String> {
         let name = header.get(46..46 + name_len).ok_or_else(cut)?;
         let name = String::from_utf8_lossy(name).into_owned();
         if method != 0 || flags & 1 != 0 || packed != size {
-            return Err(format!("entry '{name}' is compressed or encrypted; store it plainly"));
+            return Err(format!(
+                "entry '{name}' is compressed or encrypted; store it plainly"
+            ));
         }
         if size == u32::MAX as usize || local == u32::MAX as usize {
-            return Err(format!("entry '{name}' is of the 64-bit kind, which is not read"));
+            return Err(format!(
+                "entry '{name}' is of the 64-bit kind, which is not read"
+            ));
         }
-        if !bytes.get(local..).is_some_and(|b| b.starts_with(b"PK\x03\x04")) {
+        if !bytes
+            .get(local..)
+            .is_some_and(|b| b.starts_with(b"PK\x03\x04"))
+        {
             return Err(format!("entry '{name}' has no data"));
         }
         let (n, e) = (

@@ -12,7 +12,9 @@ use safetensors::SafeTensors;
 use serde_json::json;
 
 fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/saes").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../testdata/saes")
+        .join(name)
 }
 
 /// A golden tensor as f32.
@@ -66,7 +68,11 @@ fn agrees(name: &str, sae: &Sae) {
     close(&format!("{name}: x_hat"), &reconstructed, &x_hat);
     for (t, row) in x.chunks(d).enumerate() {
         let (found, _) = dense(row, 1);
-        close(&format!("{name}: row {t}"), &found, &acts[t * m..(t + 1) * m]);
+        close(
+            &format!("{name}: row {t}"),
+            &found,
+            &acts[t * m..(t + 1) * m],
+        );
     }
 }
 
@@ -76,25 +82,73 @@ const FIXTURES: [(&str, Format, &str); 26] = [
     ("saelens-topk-rescaled", Format::Saelens, "topk"),
     ("saelens-topk-layer-norm", Format::Saelens, "topk"),
     ("saelens-standard", Format::Saelens, "standard"),
-    ("saelens-standard-rescaled-input", Format::Saelens, "standard"),
+    (
+        "saelens-standard-rescaled-input",
+        Format::Saelens,
+        "standard",
+    ),
     ("saelens-standard-uncentred", Format::Saelens, "standard"),
     ("saelens-jumprelu", Format::Saelens, "jumprelu"),
     ("saelens-gated", Format::Saelens, "gated"),
     ("saelens-transcoder", Format::Saelens, "transcoder"),
-    ("saelens-skip-transcoder", Format::Saelens, "skip_transcoder"),
-    ("saelens-jumprelu-transcoder", Format::Saelens, "jumprelu_transcoder"),
+    (
+        "saelens-skip-transcoder",
+        Format::Saelens,
+        "skip_transcoder",
+    ),
+    (
+        "saelens-jumprelu-transcoder",
+        Format::Saelens,
+        "jumprelu_transcoder",
+    ),
     ("saelens-flat-topk", Format::Saelens, "topk"),
     ("sparsify-topk", Format::Sparsify, "topk"),
-    ("sparsify-skip-transcoder", Format::Sparsify, "topk_skip_transcoder"),
-    ("dictionary-learning-standard", Format::DictionaryLearning, "standard"),
-    ("dictionary-learning-new", Format::DictionaryLearning, "standard"),
-    ("dictionary-learning-gated", Format::DictionaryLearning, "gated"),
-    ("dictionary-learning-topk", Format::DictionaryLearning, "topk"),
-    ("dictionary-learning-batch-topk", Format::DictionaryLearning, "batchtopk"),
-    ("dictionary-learning-matryoshka", Format::DictionaryLearning, "matryoshka_batchtopk"),
-    ("dictionary-learning-jumprelu", Format::DictionaryLearning, "jumprelu"),
+    (
+        "sparsify-skip-transcoder",
+        Format::Sparsify,
+        "topk_skip_transcoder",
+    ),
+    (
+        "dictionary-learning-standard",
+        Format::DictionaryLearning,
+        "standard",
+    ),
+    (
+        "dictionary-learning-new",
+        Format::DictionaryLearning,
+        "standard",
+    ),
+    (
+        "dictionary-learning-gated",
+        Format::DictionaryLearning,
+        "gated",
+    ),
+    (
+        "dictionary-learning-topk",
+        Format::DictionaryLearning,
+        "topk",
+    ),
+    (
+        "dictionary-learning-batch-topk",
+        Format::DictionaryLearning,
+        "batchtopk",
+    ),
+    (
+        "dictionary-learning-matryoshka",
+        Format::DictionaryLearning,
+        "matryoshka_batchtopk",
+    ),
+    (
+        "dictionary-learning-jumprelu",
+        Format::DictionaryLearning,
+        "jumprelu",
+    ),
     ("gemma-scope", Format::GemmaScope, "jumprelu"),
-    ("gemma-scope-2-transcoder", Format::GemmaScope, "jumprelu_skip_transcoder"),
+    (
+        "gemma-scope-2-transcoder",
+        Format::GemmaScope,
+        "jumprelu_skip_transcoder",
+    ),
     ("llama-scope", Format::LlamaScope, "jumprelu"),
     ("phi3", Format::Phi3, "gated"),
     ("openai-topk/sae.pt", Format::Openai, "topk"),
@@ -104,7 +158,11 @@ const FIXTURES: [(&str, Format, &str); 26] = [
 fn codes_and_reconstructions_are_those_of_the_library() {
     for (name, format, architecture) in FIXTURES {
         let (sae, found) = formats::load(&folder(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!((found, &*sae.architecture()), (format, architecture), "{name}");
+        assert_eq!(
+            (found, &*sae.architecture()),
+            (format, architecture),
+            "{name}"
+        );
         agrees(name.trim_end_matches("/sae.pt"), &sae);
     }
 }
@@ -118,7 +176,10 @@ fn what_is_converted_computes_the_same() {
         let out = scratch.path().join("out");
         let saved = saelens::save(&sae, &out, WeightType::F32, &json!({}));
         if architecture == "topk_skip_transcoder" {
-            assert!(saved.unwrap_err().to_string().contains("sparsify"), "{name}");
+            assert!(
+                saved.unwrap_err().to_string().contains("sparsify"),
+                "{name}"
+            );
         } else {
             saved.unwrap_or_else(|e| panic!("{name}: {e}"));
             agrees(golden, &saelens::load(&out).unwrap());
@@ -129,7 +190,8 @@ fn what_is_converted_computes_the_same() {
                 agrees(golden, &again);
             }
             Err(e) => assert!(
-                !architecture.starts_with("topk") || name == "saelens-topk-layer-norm"
+                !architecture.starts_with("topk")
+                    || name == "saelens-topk-layer-norm"
                     || name.starts_with("openai"),
                 "{name}: {e}"
             ),
@@ -142,21 +204,33 @@ type Reader = fn(&[u8], &[u8]) -> Result<Sae, demur_sae::SaeError>;
 
 /// Fixture file, config beside it, reader.
 const READERS: [(&str, &str, Reader); 7] = [
-    ("dictionary-learning-topk/ae.pt", "dictionary-learning-topk/config.json", |c, b| {
-        formats::dictionary_learning::parse("ae.pt", c, b)
-    }),
-    ("dictionary-learning-matryoshka/ae.pt", "dictionary-learning-matryoshka/config.json", |c, b| {
-        formats::dictionary_learning::parse("ae.pt", c, b)
-    }),
+    (
+        "dictionary-learning-topk/ae.pt",
+        "dictionary-learning-topk/config.json",
+        |c, b| formats::dictionary_learning::parse("ae.pt", c, b),
+    ),
+    (
+        "dictionary-learning-matryoshka/ae.pt",
+        "dictionary-learning-matryoshka/config.json",
+        |c, b| formats::dictionary_learning::parse("ae.pt", c, b),
+    ),
     ("openai-topk/sae.pt", "", |_, b| openai::parse("sae.pt", b)),
-    ("gemma-scope/params.npz", "", |_, b| gemma_scope::parse_npz("params.npz", b)),
-    ("llama-scope/checkpoints/final.safetensors", "llama-scope/hyperparams.json", |c, b| {
-        llama_scope::parse("llama", c, b)
+    ("gemma-scope/params.npz", "", |_, b| {
+        gemma_scope::parse_npz("params.npz", b)
     }),
-    ("sparsify-topk/sae.safetensors", "sparsify-topk/cfg.json", |c, b| {
-        sparsify::parse("sparsify", c, b, "", "")
+    (
+        "llama-scope/checkpoints/final.safetensors",
+        "llama-scope/hyperparams.json",
+        |c, b| llama_scope::parse("llama", c, b),
+    ),
+    (
+        "sparsify-topk/sae.safetensors",
+        "sparsify-topk/cfg.json",
+        |c, b| sparsify::parse("sparsify", c, b, "", ""),
+    ),
+    ("phi3/sae_weights.safetensors", "", |_, b| {
+        phi3::parse("phi3", b"", b)
     }),
-    ("phi3/sae_weights.safetensors", "", |_, b| phi3::parse("phi3", b"", b)),
 ];
 
 fn files(which: usize) -> (Vec<u8>, Vec<u8>) {
@@ -207,11 +281,24 @@ fn torch_file(program: &[u8]) -> Vec<u8> {
     let entries: [(&str, &[u8]); 2] = [("a/data.pkl", program), ("a/data/0", &[0; 16])];
     for (name, data) in entries {
         let at = out.len() as u32;
-        let (n, size) = ((name.len() as u16).to_le_bytes(), (data.len() as u32).to_le_bytes());
+        let (n, size) = (
+            (name.len() as u16).to_le_bytes(),
+            (data.len() as u32).to_le_bytes(),
+        );
         out.extend(b"PK\x03\x04\x14\0\0\0\0\0\0\0\0\0\0\0\0\0");
         out.extend([&size[..], &size, &n, &[0, 0], name.as_bytes(), data].concat());
         directory.extend(b"PK\x01\x02\x14\0\x14\0\0\0\0\0\0\0\0\0\0\0\0\0");
-        directory.extend([&size[..], &size, &n, &[0; 12], &at.to_le_bytes(), name.as_bytes()].concat());
+        directory.extend(
+            [
+                &size[..],
+                &size,
+                &n,
+                &[0; 12],
+                &at.to_le_bytes(),
+                name.as_bytes(),
+            ]
+            .concat(),
+        );
     }
     let start = (out.len() as u32).to_le_bytes();
     let size = (directory.len() as u32).to_le_bytes();
@@ -223,7 +310,9 @@ fn torch_file(program: &[u8]) -> Vec<u8> {
 
 #[track_caller]
 fn refused(program: &[u8], expect: &str) {
-    let e = openai::parse("x.pt", &torch_file(program)).unwrap_err().to_string();
+    let e = openai::parse("x.pt", &torch_file(program))
+        .unwrap_err()
+        .to_string();
     assert!(e.contains(expect), "{e}");
 }
 
@@ -240,13 +329,14 @@ fn pickles_execute_nothing() {
     }
     refused(b"\x80\x05}.", "protocol");
     refused(b"\x80\x02]q\0h\0a.", "dictionary"); // a list that holds itself
-    refused(b"\x80\x02}q\0X\x01\0\0\0ah\0s.", "'a'"); // a dictionary that holds itself
+    refused(b"\x80\x02}q\0X\x01\0\0\0ah\0s.", "encoder.weight"); // a dictionary that holds itself
     refused(b"\x80\x02(u.", "stack is empty");
     refused(b"\x80\x02u.", "mark");
     refused(b"\x80\x02}X\xff\xff\xff\xffa", "cut short");
     // a tensor of 2^40 elements with strides of 0 over a storage of 4
     let tensor = |shape: &[u8], stride: &[u8]| {
-        let mut p = b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storage".to_vec();
+        let mut p = b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storage"
+            .to_vec();
         p.extend(b"ctorch\nFloatStorage\nX\x01\0\0\0");
         p.extend(b"0X\x03\0\0\0cpuK\x04tQK\0");
         p.extend([shape, stride, b"tRs."].concat());
