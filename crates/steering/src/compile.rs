@@ -255,6 +255,15 @@ fn check_sae(
     place: &str,
 ) -> Result<(), SteeringError> {
     check_width(format!("SAE '{name}'"), entry.sae.d_model(), d_model, place)?;
+    if entry.sae.wiring().transcoder {
+        return Err(SteeringError::Site {
+            place: place.to_owned(),
+            reason: format!(
+                "'{name}' is a transcoder, which writes another site than it reads; an edit needs an \
+                 SAE of its own site"
+            ),
+        });
+    }
     let d_sae = entry.sae.d_sae();
     match latents.find(|&j| j as usize >= d_sae) {
         None => Ok(()),
