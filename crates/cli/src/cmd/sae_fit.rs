@@ -193,7 +193,8 @@ fn train(
         writeln!(log, "{last}")?;
         bar.advance(1);
         bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
-        if s.step % args.checkpoint_every.max(1) == 0 || s.step == cfg.steps {
+        let due = s.step.is_multiple_of(args.checkpoint_every.max(1));
+        if due || s.step == cfg.steps {
             log.sync_all()?;
             trainer.save(state)?;
         }
