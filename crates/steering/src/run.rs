@@ -252,10 +252,11 @@ impl Compiled {
                     let f = read(t, edit.latent, x);
                     memory.before[e] += f64::from(f);
                     memory.after[e] += f64::from(f);
-                    changes[e] = unit * change(edit.op, *value, f);
+                    changes[e] = change(edit.op, *value, f);
                     if changes[e] != 0.0 {
+                        let by = unit * changes[e];
                         for (o, w) in delta.iter_mut().zip(sae.decoder_row(edit.latent as usize)) {
-                            *o += changes[e] * w;
+                            *o += by * w;
                         }
                     }
                 }
