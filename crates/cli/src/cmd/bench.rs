@@ -225,12 +225,18 @@ fn plans(n_layers: usize, d_model: usize) -> Result<Vec<CompiledPlan>> {
                 "sae": "random",
                 "membership": "pre_act",
                 "edits": [{ "latent": 2 * i, "op": "set", "value": 1.0 }],
-                "gate": {
+                "when": "open",
+            }],
+            "gates": {
+                "open": {
+                    "site": site,
+                    "sae": "random",
+                    "membership": "pre_act",
                     "weights": [{ "latent": 2 * i + 1, "weight": 1.0 }],
                     "threshold": -1.0,
                     "during_generation": true,
                 },
-            }],
+            },
         }))?;
         Ok(compile(&plan, &saes, n_layers, d_model)?)
     };

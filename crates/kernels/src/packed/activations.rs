@@ -16,47 +16,147 @@ pub(super) struct XBlock {
     pub scale: f32,
     /// `scale` times the sum of all 32 integers.
     pub sum: f32,
-    /// Minus the sum of all 32 integers, and of the first and the second 16.
-    pub minus: i32,
-    pub minus_half: [i32; 2],
+    /// `-TOP` times the sum of all 32 integers, and of the first and the second 16: what takes the
+    /// offset out of a product with weights that are stored as `q + TOP`.
+    pub start: i32,
+    pub start_half: [i32; 2],
 }
 
-/// Activations as int8 blocks, `[n, in / 32]`.
-#[derive(Debug, Default)]
-pub(crate) struct Activations(pub(super) Vec<XBlock>);
+/// The offset that makes any signed byte unsigned.
+pub(super) const TOP: i32 = 128;
 
-impl Activations {
-    /// Rounds `x` `[n, columns]`.
-    pub(crate) fn round(&mut self, x: &[f32], columns: usize) {
-        let blocks = columns / BLOCK;
-        self.0.resize(x.len() / BLOCK, XBlock::default());
-        if x.len() < 1 << 14 {
-            round(x, &mut self.0);
+impl XBlock {
+    /// `-TOP` times the sum of the integers of half `h`, or of both where there is one group.
+    #[inline(always)]
+    pub(super) fn start(&self, halves: usize, h: usize) -> i32 {
+        if halves == 1 {
+            self.start
         } else {
-            pool::for_each_row(&mut self.0, blocks, |i, out| {
-                round(&x[i * columns..(i + 1) * columns], out);
-            });
+            self.start_half[h]
+        }
+    }
+
+    /// `scale` times the sum of the integers of half `h`, or of both where there is one group.
+    #[inline(always)]
+    pub(super) fn sum(&self, halves: usize, h: usize) -> f32 {
+        if halves == 1 {
+            self.sum
+        } else {
+            // Exact: a power of two.
+            self.scale * (self.start_half[h] as f32 * (-1.0 / TOP as f32))
         }
     }
 }
 
-fn round(x: &[f32], out: &mut [XBlock]) {
+/// Rows of a tile.
+pub(super) const TILE: usize = 16;
+
+/// Activations as int8 blocks, in tiles of [`TILE`] rows (the last may have fewer): `[block][row]`, so
+/// that what a kernel reads together lies together.
+#[derive(Debug, Default)]
+pub(crate) struct Activations {
+    x: Vec<XBlock>,
+    /// Blocks of a row.
+    blocks: usize,
+}
+
+/// Some rows of a tile.
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'a> {
+    /// `[block][stride]`, beginning with the first row.
+    pub x: &'a [XBlock],
+    /// Rows of the whole tile.
+    pub stride: usize,
+    /// These rows.
+    pub rows: usize,
+}
+
+impl<'a> Tile<'a> {
+    /// The rows `first .. first + rows` of these.
+    pub(super) fn part(self, first: usize, rows: usize) -> Self {
+        assert!(first + rows <= self.rows, "rows of the tile");
+        Self {
+            x: &self.x[first..],
+            rows,
+            ..self
+        }
+    }
+
+    /// Block `b` of row `row`.
+    pub(super) fn block(&self, b: usize, row: usize) -> &'a XBlock {
+        &self.x[b * self.stride + row]
+    }
+
+    /// Whether it holds `blocks` blocks of each row.
+    pub(super) fn holds(&self, blocks: usize) -> bool {
+        self.rows <= self.stride
+            && (blocks == 0 || self.x.len() >= (blocks - 1) * self.stride + self.rows)
+    }
+}
+
+impl Activations {
+    /// Rounds `x` `[n, columns]`.
+    pub(crate) fn round(&mut self, x: &[f32], columns: usize) {
+        self.blocks = columns / BLOCK;
+        self.x.resize(x.len() / BLOCK, XBlock::default());
+        let width = TILE * self.blocks;
+        let tile = |t: usize, out: &mut [XBlock]| {
+            let rows = out.len() / self.blocks.max(1);
+            let x = &x[t * TILE * columns..][..rows * columns];
+            for (r, x) in x.chunks_exact(columns).enumerate() {
+                round(x, &mut out[r..], rows);
+            }
+        };
+        if x.len() < 1 << 14 {
+            let tiles = self.x.chunks_mut(width.max(1)).enumerate();
+            tiles.for_each(|(t, out)| tile(t, out));
+        } else {
+            pool::for_each_row(&mut self.x, width, tile);
+        }
+    }
+
+    /// The tiles of `n` rows.
+    pub(super) fn tiles(&self, n: usize) -> impl Iterator<Item = Tile<'_>> {
+        assert_eq!(
+            self.x.len(),
+            n * self.blocks,
+            "activations are [n, in / 32]"
+        );
+        let tiles = self.x.chunks((TILE * self.blocks).max(1));
+        tiles.map(|x| {
+            let rows = x.len() / self.blocks;
+            Tile {
+                x,
+                stride: rows,
+                rows,
+            }
+        })
+    }
+}
+
+/// Rounds one row; its blocks are `stride` apart.
+fn round(x: &[f32], out: &mut [XBlock], stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx512 {
         // SAFETY: `isa` returns Avx512 only where the processor has these features.
-        return unsafe { quantise_avx512(x, out) };
+        return unsafe { quantise_avx512(x, out, stride) };
     } else if isa() >= Isa::Avx2 {
         // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
-        return unsafe { quantise_avx2(x, out) };
+        return unsafe { quantise_avx2(x, out, stride) };
     }
-    quantise(x, out);
+    quantise(x, out, stride);
 }
 
 #[inline(always)]
-fn quantise(x: &[f32], out: &mut [XBlock]) {
+fn quantise(x: &[f32], out: &mut [XBlock], stride: usize) {
     /// Adding and subtracting it rounds a float of magnitude below 2^22 to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    for (x, out) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
+    for (x, out) in x
+        .as_chunks::<BLOCK>()
+        .0
+        .iter()
+        .zip(out.iter_mut().step_by(stride))
+    {
         let mut lanes = [0.0f32; 8];
         for x in x.as_chunks::<8>().0 {
             for i in 0..8 {
@@ -85,24 +185,29 @@ fn quantise(x: &[f32], out: &mut [XBlock]) {
         let sum = sums[0] + sums[1];
         out.scale = largest / 127.0;
         out.sum = out.scale * sum as f32;
-        out.minus = -sum;
-        out.minus_half = sums.map(|s| -s);
+        out.start = -TOP * sum;
+        out.start_half = sums.map(|s| -TOP * s);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn quantise_avx2(x: &[f32], out: &mut [XBlock]) {
-    quantise(x, out);
+fn quantise_avx2(x: &[f32], out: &mut [XBlock], stride: usize) {
+    quantise(x, out, stride);
 }
 
 /// The same, bit for bit, with what AVX-512 has for it: a conversion that rounds, one that narrows,
 /// and sums across a vector.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn quantise_avx512(x: &[f32], out: &mut [XBlock]) {
+fn quantise_avx512(x: &[f32], out: &mut [XBlock], stride: usize) {
     use std::arch::x86_64::*;
-    for (x, out) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
+    for (x, out) in x
+        .as_chunks::<BLOCK>()
+        .0
+        .iter()
+        .zip(out.iter_mut().step_by(stride))
+    {
         // SAFETY: a block has 32 values.
         let v = unsafe {
             [
@@ -129,8 +234,8 @@ fn quantise_avx512(x: &[f32], out: &mut [XBlock]) {
         let sum = sums[0] + sums[1];
         out.scale = largest / 127.0;
         out.sum = out.scale * sum as f32;
-        out.minus = -sum;
-        out.minus_half = sums.map(|s| -s);
+        out.start = -TOP * sum;
+        out.start_half = sums.map(|s| -TOP * s);
     }
 }
 
@@ -150,11 +255,15 @@ mod tests {
                 let mut found = Activations::default();
                 found.round(&x, 64);
                 assert_eq!(
-                    (found.0[0].q, found.0[0].sum),
+                    (found.x[0].q, found.x[0].sum),
                     ([0; 32], 0.0),
                     "{isa:?} {tiny}"
                 );
-                assert_eq!((found.0[1].q[8], found.0[1].minus), (127, -127), "{isa:?}");
+                assert_eq!(
+                    (found.x[1].q[8], found.x[1].start),
+                    (127, -127 * TOP),
+                    "{isa:?}"
+                );
             });
         }
     }
@@ -172,16 +281,19 @@ mod tests {
         }
         x[128] = 127.0;
         let mut plain = vec![XBlock::default(); 6];
-        quantise(&x, &mut plain);
+        quantise(&x, &mut plain, 1);
         assert_eq!((plain[1].scale, plain[1].q), (0.0, [0; 32]));
         assert_eq!(plain[2].q[6], 0);
         on_every_isa(|isa| {
             let mut found = Activations::default();
             found.round(&x, 96);
-            for (f, p) in found.0.iter().zip(&plain) {
+            // Two rows of three blocks: one tile, its rows side by side.
+            let tile = found.tiles(2).next().unwrap();
+            for (i, p) in plain.iter().enumerate() {
+                let f = tile.block(i % 3, i / 3);
                 assert_eq!(f.q, p.q, "{isa:?}");
                 assert_eq!((f.scale, f.sum), (p.scale, p.sum), "{isa:?}");
-                assert_eq!((f.minus, f.minus_half), (p.minus, p.minus_half), "{isa:?}");
+                assert_eq!((f.start, f.start_half), (p.start, p.start_half), "{isa:?}");
             }
         });
     }

@@ -4,16 +4,23 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::XBlock;
+use super::activations::{TOP, Tile};
 use super::panel::{Panel, Row};
 use super::{Kind, Packed};
 
-/// Activation rows of a tile.
-pub(super) const TILE: usize = 4;
+/// Activation rows whose sums fill the registers.
+const ROWS: usize = 4;
 
-/// Sums of one panel, unpacked, for up to [`TILE`] rows of activations.
-pub(super) fn tile(w: &Packed, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
-    assert_eq!(x.len(), sums.len() * w.blocks);
+/// Sums of one panel, unpacked, for a tile of activations.
+pub(super) fn tile(w: &Packed, panel: Panel<'_>, x: Tile<'_>, sums: &mut [Row]) {
+    assert!(sums.len() == x.rows && x.holds(w.blocks));
+    for (at, sums) in sums.chunks_mut(ROWS).enumerate() {
+        rows(w, panel, x.part(ROWS * at, sums.len()), sums);
+    }
+}
+
+/// The same for up to [`ROWS`] rows.
+fn rows(w: &Packed, panel: Panel<'_>, x: Tile<'_>, sums: &mut [Row]) {
     assert_eq!(panel.weights.len(), w.blocks * 8);
     assert_eq!(panel.scales.len(), w.blocks * w.halves);
     /// Picks the instance for the number of rows.
@@ -79,13 +86,12 @@ unsafe fn half_block<const BITS: usize>(v: &[__m256i; 4], q: *const i32) -> __m2
 ///
 /// # Safety
 /// Needs AVX2 and FMA. `panel` holds `w.blocks` blocks of unpacked integers below `2^BITS` with
-/// `HALVES` factors each, minima if `MIN`; `x` holds `N` rows of `w.blocks` blocks, `sums` at least
-/// `N` rows.
+/// `HALVES` factors each, minima if `MIN`; `x` and `sums` have `N` rows.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const N: usize>(
     w: &Packed,
     panel: Panel<'_>,
-    x: &[XBlock],
+    x: Tile<'_>,
     sums: &mut [Row],
 ) {
     // Eight of the panel's rows at a time.
@@ -93,12 +99,7 @@ unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const 
         let mut weights = panel.weights.as_ptr().cast::<u8>().wrapping_add(32 * part);
         let mut scales = panel.scales.as_ptr().cast::<f32>().wrapping_add(8 * part);
         let mut mins = panel.mins.as_ptr().cast::<f32>().wrapping_add(8 * part);
-        // Signed weights have no offset left.
-        let offset = _mm256_set1_epi32(if BITS == 8 { 0 } else { w.offset });
-        let mut rows = [x.as_ptr(); N];
-        for (n, row) in rows.iter_mut().enumerate() {
-            *row = x[n * w.blocks..].as_ptr();
-        }
+        let mut rows = x.x.as_ptr();
         let mut acc = [_mm256_setzero_ps(); N];
         for _ in 0..w.blocks {
             // SAFETY: the pointers advance by one block at a time over the lengths that the caller
@@ -110,7 +111,7 @@ unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const 
                         _mm256_load_si256(weights.add(64 * (4 * h + g)).cast())
                     });
                     for n in 0..N {
-                        let q = (*rows[n]).q.as_ptr().add(16 * h).cast();
+                        let q = (*rows.add(n)).q.as_ptr().add(16 * h).cast();
                         let part = half_block::<BITS>(&v, q);
                         wide[n] = if HALVES == 2 {
                             part
@@ -123,35 +124,24 @@ unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const 
                     }
                     let scale = _mm256_loadu_ps(scales);
                     for n in 0..N {
-                        let x = &*rows[n];
+                        let x = &*rows.add(n);
                         if BITS != 8 && !MIN {
-                            let minus = if HALVES == 1 {
-                                x.minus
-                            } else {
-                                x.minus_half[h]
-                            };
-                            let minus = _mm256_mullo_epi32(_mm256_set1_epi32(minus), offset);
-                            wide[n] = _mm256_add_epi32(wide[n], minus);
+                            let start = _mm256_set1_epi32(x.start(HALVES, h) / TOP * w.offset);
+                            wide[n] = _mm256_add_epi32(wide[n], start);
                         }
                         let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale));
                         acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide[n]), scale, acc[n]);
                         if MIN {
-                            let sum = if HALVES == 1 {
-                                x.sum
-                            } else {
-                                -x.scale * x.minus_half[h] as f32
-                            };
                             let min = _mm256_loadu_ps(mins);
-                            acc[n] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[n]);
+                            let sum = _mm256_set1_ps(x.sum(HALVES, h));
+                            acc[n] = _mm256_fmadd_ps(min, sum, acc[n]);
                         }
                     }
                     scales = scales.add(16);
                     mins = mins.wrapping_add(16);
                 }
                 weights = weights.add(512);
-                for row in &mut rows {
-                    *row = row.add(1);
-                }
+                rows = rows.wrapping_add(x.stride);
             }
         }
         for (acc, sums) in acc.iter().zip(&mut *sums) {

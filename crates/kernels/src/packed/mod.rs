@@ -27,8 +27,8 @@
 //! result does not depend on its batch.
 //!
 //! A task takes some panels, unpacks them to a byte an integer and f32 factors (`panel.rs`), and lets
-//! tiles of activations pass; what is unpacked stays in the L2 cache. For a single row AVX-512 unpacks
-//! in registers instead: then reading the weights is all the work.
+//! tiles of activations pass; what is unpacked stays in the L2 cache. For a few rows AVX-512 unpacks in
+//! registers instead.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -43,7 +43,7 @@ use std::ops::Range;
 use half::f16;
 
 pub(crate) use self::activations::Activations;
-use self::activations::XBlock;
+use self::activations::{TILE, Tile};
 use self::panel::{Panel, Row, Scratch};
 use crate::dispatch::{Isa, isa};
 use crate::linear::{L2_WEIGHTS, READ_AHEAD};
@@ -54,8 +54,8 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
-/// The most activation rows of a tile.
-const MAX_TILE: usize = 8;
+/// With no more rows than these, AVX-512 unpacks in registers.
+const IN_REGISTERS: usize = 32;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -342,7 +342,6 @@ impl Packed {
         bias: Option<&[f32]>,
         out: Shared,
     ) {
-        assert_eq!(x.0.len(), n * self.blocks, "activations are [n, in / 32]");
         let panels = panels.start..panels.end.min(self.rows.div_ceil(PANEL));
         let write = |row: usize, panel: usize, sums: &Row| {
             let first = panel * PANEL;
@@ -359,24 +358,22 @@ impl Packed {
             }
         };
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut sums = [[0.0; PANEL]; MAX_TILE];
-            #[cfg(target_arch = "x86_64")]
-            if n == 1 && isa() >= Isa::Avx512 {
-                for panel in panels {
-                    scratch.unpack(self, panel..panel + 1, false);
-                    vnni::row(self, scratch.panel(self, 0, panel), &x.0, &mut sums[0]);
-                    write(0, panel, &sums[0]);
-                }
-                return;
+            let mut sums = [[0.0; PANEL]; TILE];
+            let in_registers = n <= IN_REGISTERS && isa() >= Isa::Avx512;
+            if !in_registers {
+                scratch.unpack(self, panels.clone(), true);
             }
-            scratch.unpack(self, panels.clone(), true);
-            let tile = tile_rows();
-            for (t, x) in x.0.chunks(tile * self.blocks).enumerate() {
-                let sums = &mut sums[..x.len() / self.blocks];
+            for (t, x) in x.tiles(n).enumerate() {
+                let sums = &mut sums[..x.rows];
                 for (at, panel) in panels.clone().enumerate() {
-                    self.tile(scratch.panel(self, at, panel), x, sums);
+                    if in_registers {
+                        scratch.unpack(self, panel..panel + 1, false);
+                        self.tile::<true>(scratch.panel(self, 0, panel), x, sums);
+                    } else {
+                        self.tile::<false>(scratch.panel(self, at, panel), x, sums);
+                    }
                     for (i, sums) in sums.iter().enumerate() {
-                        write(t * tile + i, panel, sums);
+                        write(t * TILE + i, panel, sums);
                     }
                 }
             }
@@ -384,21 +381,22 @@ impl Packed {
     }
 
     /// The sums of one panel for the activation rows of a tile.
-    fn tile(&self, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
+    fn tile<const PACKED: bool>(&self, panel: Panel<'_>, x: Tile<'_>, sums: &mut [Row]) {
         #[cfg(target_arch = "x86_64")]
         if isa() >= Isa::Avx512 {
-            return vnni::tile(self, panel, x, sums);
+            return vnni::tile::<PACKED>(self, panel, x, sums);
         } else if isa() >= Isa::Avx2 {
             return avx2::tile(self, panel, x, sums);
         }
         self.tile_portable(panel, x, sums);
     }
 
-    fn tile_portable(&self, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
+    fn tile_portable(&self, panel: Panel<'_>, x: Tile<'_>, sums: &mut [Row]) {
         let groups = 8 / self.halves;
-        for (sums, row) in sums.iter_mut().zip(x.chunks_exact(self.blocks)) {
+        for (row, sums) in sums.iter_mut().enumerate() {
             *sums = [0.0; PANEL];
-            for (b, x) in row.iter().enumerate() {
+            for b in 0..self.blocks {
+                let x = x.block(b, row);
                 for h in 0..self.halves {
                     let mut dots = [0i32; PANEL];
                     for g in h * groups..(h + 1) * groups {
@@ -410,11 +408,7 @@ impl Packed {
                         }
                     }
                     let at = b * self.halves + h;
-                    let x_sum = if self.halves == 1 {
-                        x.sum
-                    } else {
-                        -x.scale * x.minus_half[h] as f32
-                    };
+                    let x_sum = x.sum(self.halves, h);
                     for r in 0..PANEL {
                         sums[r] += dots[r] as f32 * (panel.scales[at][r] * x.scale);
                         if let Some(mins) = panel.mins.get(at) {
@@ -425,17 +419,6 @@ impl Packed {
             }
         }
     }
-}
-
-/// Activation rows of a tile.
-fn tile_rows() -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if isa() >= Isa::Avx512 {
-        return vnni::TILE;
-    } else if isa() >= Isa::Avx2 {
-        return avx2::TILE;
-    }
-    4
 }
 
 /// Stores the integer of row `r` and column `i` of a block.

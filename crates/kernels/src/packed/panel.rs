@@ -1,5 +1,6 @@
 //! A panel of weights made ready for a tile of activations: integers a byte each, factors in f32.
 
+use super::activations::TOP;
 use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
 use crate::dispatch::{Isa, isa};
 use crate::linear::widen_f16;
@@ -18,7 +19,8 @@ pub(super) struct Scratch {
 /// A panel as a kernel reads it.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
-    /// `[block][8]`: the integers of four columns each, or as they are packed.
+    /// `[block][8]`: the integers of four columns each, with the offset [`TOP`] on AVX-512 if the type has
+    /// no minima; or as they are packed.
     pub weights: &'a [Line],
     /// `[block][halves]`.
     pub scales: &'a [Row],
@@ -83,10 +85,16 @@ fn unpack_avx2(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], min
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn unpack_avx512(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
-    let Factors::Blocks { scales: s, mins: m } = &w.factors else {
-        return unpack(w, p, lines, scales, mins);
-    };
     unpack_integers(w, p, lines);
+    if !w.has_mins() {
+        let bias = (TOP - w.offset) as u8;
+        for line in lines.iter_mut() {
+            line.0.iter_mut().for_each(|u| *u += bias);
+        }
+    }
+    let Factors::Blocks { scales: s, mins: m } = &w.factors else {
+        return unpack_factors(w, p, scales, mins);
+    };
     let from = p * w.blocks;
     widen_avx512(&s[from..from + w.blocks], scales);
     if !m.is_empty() {

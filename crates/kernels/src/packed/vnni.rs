@@ -1,66 +1,65 @@
 //! AVX-512 VNNI: `vpdpbusd` adds four products of a row's four columns to one i32 lane, 16 rows at
-//! once. The unsigned operand is the weight as stored; its offset is taken out by starting the sum at
-//! `-offset * sum_i x_i`, which is exact.
+//! once. The unsigned operand is the weight with its offset, as stored for a single row and [`TOP`] once
+//! unpacked; it is taken out by starting the sum at `-offset * sum_i x_i`, which is exact, and with `TOP`
+//! no more than a load.
 
 use std::arch::x86_64::*;
 
-use super::activations::XBlock;
+use super::activations::{TILE, TOP, Tile};
 use super::panel::{Panel, Row};
 use super::{Kind, Line, PANEL, Packed};
 
-/// Activation rows of a tile.
-pub(super) const TILE: usize = 8;
-
-/// Sums of one panel, unpacked, for up to [`TILE`] rows of activations.
-pub(super) fn tile(w: &Packed, panel: Panel<'_>, x: &[XBlock], sums: &mut [Row]) {
-    assert_eq!(x.len(), sums.len() * w.blocks);
-    assert_eq!(panel.weights.len(), w.blocks * 8);
+/// Sums of one panel for a tile of activations; of [`TILE`] rows the sums, the weights of a block and a
+/// scale fill the registers. The integers are unpacked, or with `PACKED` as they are stored, and are then
+/// unpacked in registers.
+pub(super) fn tile<const PACKED: bool>(
+    w: &Packed,
+    panel: Panel<'_>,
+    x: Tile<'_>,
+    sums: &mut [Row],
+) {
+    let lines = if PACKED { w.kind.lines() } else { 8 };
+    assert!(sums.len() == x.rows && x.rows <= TILE && x.holds(w.blocks));
+    assert_eq!(panel.weights.len(), w.blocks * lines);
     assert_eq!(panel.scales.len(), w.blocks * w.halves);
-    /// Picks the instance for the number of rows.
-    macro_rules! rows {
-        ($halves:expr, $min:expr, $($n:literal)*) => {
-            match sums.len() {
+    assert!(panel.mins.is_empty() || panel.mins.len() == panel.scales.len());
+    let min = !panel.mins.is_empty();
+    // Fewer rows at a time where that wastes none.
+    let mut first = 0;
+    while first < sums.len() {
+        let left = sums.len() - first;
+        let n = 1 << left.ilog2();
+        let sums = &mut sums[first..first + n];
+        let x = x.part(first, n);
+        /// Picks the instance for the number of rows.
+        macro_rules! rows {
+            ($bits:expr, $halves:expr, $min:expr) => {
                 // SAFETY: `dispatch::isa` said AVX-512; the lengths were checked.
-                $($n => unsafe { kernel::<8, $halves, $min, $n>(w, panel, x, sums) },)*
-                _ => unreachable!("a tile has at most eight rows"),
-            }
-        };
-    }
-    match (w.halves, panel.mins.is_empty()) {
-        (1, true) => rows!(1, false, 1 2 3 4 5 6 7 8),
-        (1, false) => rows!(1, true, 1 2 3 4 5 6 7 8),
-        (_, true) => rows!(2, false, 1 2 3 4 5 6 7 8),
-        (_, false) => rows!(2, true, 1 2 3 4 5 6 7 8),
-    }
-}
-
-/// Sums of one panel, its integers as packed, for one row of activations: decoding is bound by what
-/// is read from memory.
-pub(super) fn row(w: &Packed, panel: Panel<'_>, x: &[XBlock], sums: &mut Row) {
-    assert_eq!(x.len(), w.blocks);
-    assert_eq!(panel.weights.len(), w.blocks * w.kind.lines());
-    assert_eq!(panel.scales.len(), w.blocks * w.halves);
-    let sums = std::slice::from_mut(sums);
-    /// Picks the instance for the type.
-    macro_rules! row {
-        ($bits:literal) => {
-            match (w.halves, panel.mins.is_empty()) {
-                // SAFETY: `dispatch::isa` said AVX-512; the lengths were checked.
-                (1, true) => unsafe { kernel::<$bits, 1, false, 1>(w, panel, x, sums) },
-                // SAFETY: as above.
-                (1, false) => unsafe { kernel::<$bits, 1, true, 1>(w, panel, x, sums) },
-                // SAFETY: as above.
-                (_, true) => unsafe { kernel::<$bits, 2, false, 1>(w, panel, x, sums) },
-                // SAFETY: as above.
-                (_, false) => unsafe { kernel::<$bits, 2, true, 1>(w, panel, x, sums) },
-            }
-        };
-    }
-    match w.kind {
-        Kind::Bits4 => row!(4),
-        Kind::Bits5 => row!(5),
-        Kind::Bits6 => row!(6),
-        Kind::Bits8 => row!(8),
+                unsafe {
+                    match n {
+                        1 => kernel::<$bits, $halves, $min, 1>(w, panel, x, sums),
+                        2 => kernel::<$bits, $halves, $min, 2>(w, panel, x, sums),
+                        4 => kernel::<$bits, $halves, $min, 4>(w, panel, x, sums),
+                        8 => kernel::<$bits, $halves, $min, 8>(w, panel, x, sums),
+                        _ => kernel::<$bits, $halves, $min, 16>(w, panel, x, sums),
+                    }
+                }
+            };
+        }
+        match (if PACKED { w.kind } else { Kind::Bits8 }, w.halves, min) {
+            (Kind::Bits4, 1, false) => rows!(4, 1, false),
+            (Kind::Bits4, 1, true) => rows!(4, 1, true),
+            (Kind::Bits4, _, false) => rows!(4, 2, false),
+            (Kind::Bits4, _, true) => rows!(4, 2, true),
+            (Kind::Bits5, _, false) => rows!(5, 1, false),
+            (Kind::Bits5, _, true) => rows!(5, 1, true),
+            (Kind::Bits6, ..) => rows!(6, 2, false),
+            (Kind::Bits8, 1, false) => rows!(8, 1, false),
+            (Kind::Bits8, 1, true) => rows!(8, 1, true),
+            (Kind::Bits8, _, false) => rows!(8, 2, false),
+            (Kind::Bits8, _, true) => rows!(8, 2, true),
+        }
+        first += n;
     }
 }
 
@@ -124,23 +123,31 @@ unsafe fn block<const BITS: usize>(p: *const Line) -> [__m512i; 8] {
 ///
 /// # Safety
 /// Needs the features below. `panel` holds `w.blocks` blocks of `BITS` bits with `HALVES` factors
-/// each, minima if `MIN`; `x` holds `N` rows of `w.blocks` blocks, `sums` at least `N` rows.
+/// each, minima if `MIN`; `x` and `sums` have `N` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const N: usize>(
     w: &Packed,
     panel: Panel<'_>,
-    x: &[XBlock],
+    x: Tile<'_>,
     sums: &mut [Row],
 ) {
+    /// Written out for each row: a loop of 16 is not unrolled, and its sums would live in memory.
+    macro_rules! rows {
+        (|$n:ident| $body:block) => {
+            rows!($n $body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+        };
+        ($n:ident $body:block $($i:literal)*) => {
+            $(if $i < N {
+                let $n: usize = $i;
+                $body
+            })*
+        };
+    }
     let lines = if BITS == 8 { 8 } else { BITS };
-    let offset = _mm512_set1_epi32(w.offset);
     let mut weights = panel.weights.as_ptr();
     let (mut scales, mut mins) = (panel.scales.as_ptr(), panel.mins.as_ptr());
-    let mut rows = [x.as_ptr(); N];
-    for (n, row) in rows.iter_mut().enumerate() {
-        *row = x[n * w.blocks..].as_ptr();
-    }
-    let mut acc = [_mm512_setzero_ps(); N];
+    let mut rows = x.x.as_ptr();
+    let mut acc = [_mm512_setzero_ps(); TILE];
     for _ in 0..w.blocks {
         // SAFETY: the pointers advance by one block at a time over the lengths that the caller
         // promises; prefetching touches nothing.
@@ -153,47 +160,38 @@ unsafe fn kernel<const BITS: usize, const HALVES: usize, const MIN: bool, const 
             }
             let v = block::<BITS>(weights);
             for h in 0..HALVES {
-                let mut sum = [_mm512_setzero_si512(); N];
-                if !MIN {
-                    for n in 0..N {
-                        let minus = if HALVES == 1 {
-                            (*rows[n]).minus
-                        } else {
-                            (*rows[n]).minus_half[h]
-                        };
-                        sum[n] = _mm512_mullo_epi32(_mm512_set1_epi32(minus), offset);
-                    }
-                }
-                for g in h * 8 / HALVES..(h + 1) * 8 / HALVES {
-                    for n in 0..N {
-                        let q = (*rows[n]).q.as_ptr().cast::<i32>().add(g).read_unaligned();
-                        sum[n] = _mm512_dpbusd_epi32(sum[n], v[g], _mm512_set1_epi32(q));
-                    }
-                }
                 let scale = _mm512_loadu_ps(scales.cast());
-                for n in 0..N {
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*rows[n]).scale));
-                    acc[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[n]), scale, acc[n]);
-                }
+                rows!(|n| {
+                    let x = &*rows.add(n);
+                    let mut sum = _mm512_setzero_si512();
+                    if !MIN {
+                        let start = x.start(HALVES, h);
+                        let start = if BITS == 8 {
+                            start
+                        } else {
+                            start / TOP * w.offset
+                        };
+                        sum = _mm512_set1_epi32(start);
+                    }
+                    for g in h * 8 / HALVES..(h + 1) * 8 / HALVES {
+                        let q = x.q.as_ptr().cast::<i32>().add(g).read_unaligned();
+                        sum = _mm512_dpbusd_epi32(sum, v[g], _mm512_set1_epi32(q));
+                    }
+                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale));
+                    acc[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[n]);
+                });
                 if MIN {
                     let min = _mm512_loadu_ps(mins.cast());
-                    for n in 0..N {
-                        let x = &*rows[n];
-                        let sum = if HALVES == 1 {
-                            x.sum
-                        } else {
-                            -x.scale * x.minus_half[h] as f32
-                        };
+                    rows!(|n| {
+                        let sum = (*rows.add(n)).sum(HALVES, h);
                         acc[n] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum), acc[n]);
-                    }
+                    });
                     mins = mins.add(1);
                 }
                 scales = scales.add(1);
             }
             weights = weights.add(lines);
-            for row in &mut rows {
-                *row = row.add(1);
-            }
+            rows = rows.wrapping_add(x.stride);
         }
     }
     for (acc, sums) in acc.iter().zip(sums) {
