@@ -1,11 +1,11 @@
 //! Causal attention over ragged sequences with caches: grouped heads, sliding window, soft cap.
 //!
 //! `out = softmax(scale q kᵀ + mask) v`, one task a (sequence, key-value head). The queries of a task
-//! are the rows of all its grouped heads, eight at a time: a vector holds one number for each of the
-//! eight, so scores need no sum across a vector, and softmax and masks work on whole vectors. Each key
-//! that is read serves all eight. Scores of a tile stay in a buffer of `8 x length`: the cost in memory
-//! is linear in the context, and a second pass over the scores is cheaper than the rescaling that an
-//! online softmax pays.
+//! are the rows of all its grouped heads, 8 or 16 at a time: a vector holds one number for each of them,
+//! so scores need no sum across a vector, and softmax and masks work on whole vectors. Each key that is
+//! read serves all of them. Scores of a tile stay in a buffer of `16 x length`: the cost in memory is
+//! linear in the context, and a second pass over the scores is cheaper than the rescaling that an online
+//! softmax pays.
 //!
 //! Every sum runs over positions in ascending order and what a query does not see weighs exactly 0, so
 //! a row's result has the same bits whatever it is batched with (as long as the cache is finite:
@@ -49,12 +49,16 @@ pub struct SeqAttention<'a> {
     pub out: &'a mut [f32],
 }
 
-/// Queries in a tile: one vector.
+/// Queries in a tile: one vector of AVX-512, and of narrower ones.
+const WIDE: usize = 16;
 const TILE: usize = 8;
 /// Keys that are scored together: as many sums as hide the latency of a multiply-add.
 const KEYS: usize = 8;
 /// Values of a head that are mixed together, for four queries at once.
 const WIDTH: usize = 16;
+/// The same on AVX-512.
+#[cfg(target_arch = "x86_64")]
+const WIDE_MIX: usize = 32;
 
 /// Attention of every sequence in `seqs`.
 ///
@@ -107,7 +111,12 @@ pub fn attention(shape: &AttentionShape, seqs: &mut [SeqAttention<'_>]) {
         }
     }
     pool::for_each_row(&mut tasks, 1, |_, task| {
-        SCRATCH.with_borrow_mut(|scratch| task[0].run(shape, scratch));
+        let [task] = task else { return };
+        if isa() >= Isa::Avx512 && task.out.len() > TILE {
+            WIDE_SCRATCH.with_borrow_mut(|scratch| task.run::<WIDE>(shape, scratch));
+        } else {
+            SCRATCH.with_borrow_mut(|scratch| task.run::<TILE>(shape, scratch));
+        }
     });
 }
 
@@ -123,7 +132,8 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    fn run(&mut self, shape: &AttentionShape, scratch: &mut Scratch) {
+    /// In tiles of `N` queries.
+    fn run<const N: usize>(&mut self, shape: &AttentionShape, scratch: &mut Scratch<N>) {
         let AttentionShape {
             n_heads,
             n_kv_heads,
@@ -132,15 +142,15 @@ impl Task<'_> {
         } = *shape;
         let group = n_heads / n_kv_heads;
         let kv_row = n_kv_heads * d_head;
-        for (t, out) in self.out.chunks_mut(TILE).enumerate() {
-            let first = self.first + t * TILE;
+        for (t, out) in self.out.chunks_mut(N).enumerate() {
+            let first = self.first + t * N;
             // A tile that is not full repeats its last query.
             let query = |i: usize| first + i.min(out.len() - 1);
             let position = |i: usize| self.start + query(i) / group;
             let oldest = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
             let from = oldest(position(0));
             let cache = from * kv_row + self.kv * d_head;
-            let tile = Tile {
+            let tile = Tile::<N> {
                 q: std::array::from_fn(|i| {
                     let (row, head) = (query(i) / group, self.kv * group + query(i) % group);
                     &self.q[(row * n_heads + head) * d_head..][..d_head]
@@ -150,7 +160,7 @@ impl Task<'_> {
                 keys: &self.k[cache..],
                 values: &self.v[cache..],
                 stride: kv_row,
-                length: position(TILE - 1) + 1 - from,
+                length: position(N - 1) + 1 - from,
                 scale: shape.scale,
                 softcap: shape.softcap,
             };
@@ -160,25 +170,23 @@ impl Task<'_> {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<Scratch<TILE>> = RefCell::default();
+    static WIDE_SCRATCH: RefCell<Scratch<WIDE>> = RefCell::default();
 }
 
 /// Buffers of a thread.
 #[derive(Default)]
-struct Scratch {
-    q: Vec<Lanes>,      // [d_head], scaled
-    scores: Vec<Lanes>, // [length]
+struct Scratch<const N: usize> {
+    q: Vec<[f32; N]>,      // [d_head], scaled
+    scores: Vec<[f32; N]>, // [length]
 }
 
-/// One value for each query of a tile.
-type Lanes = [f32; TILE];
-
-/// Eight queries with the stretch of the cache that at least one of them sees.
-struct Tile<'a> {
-    q: [&'a [f32]; TILE],
+/// `N` queries with the stretch of the cache that at least one of them sees.
+struct Tile<'a, const N: usize> {
+    q: [&'a [f32]; N],
     /// First and last position that each query sees, counted from the first key.
-    seen_from: [u32; TILE],
-    seen_to: [u32; TILE],
+    seen_from: [u32; N],
+    seen_to: [u32; N],
     keys: &'a [f32],
     values: &'a [f32],
     /// Values from one position to the next.
@@ -188,51 +196,160 @@ struct Tile<'a> {
     softcap: Option<f32>,
 }
 
-impl Tile<'_> {
-    fn run(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+impl<const N: usize> Tile<'_, N> {
+    fn run(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
         #[cfg(target_arch = "x86_64")]
-        if isa() >= Isa::Avx2 {
-            // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
+        if isa() >= Isa::Avx512 {
+            // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
+            return unsafe { self.run_avx512(scratch, out) };
+        } else if isa() >= Isa::Avx2 {
+            // SAFETY: as above.
             return unsafe { self.run_avx2(scratch, out) };
         }
-        self.body::<false>(scratch, out);
+        self.body::<false, false>(scratch, out);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn run_avx512(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
+        self.body::<true, true>(scratch, out);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    fn run_avx2(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
-        self.body::<true>(scratch, out);
+    fn run_avx2(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
+        self.body::<true, false>(scratch, out);
     }
 
     #[inline(always)]
-    fn body<const FMA: bool>(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+    fn body<const FMA: bool, const AVX512: bool>(
+        &self,
+        scratch: &mut Scratch<N>,
+        out: &mut [&mut [f32]],
+    ) {
         let Scratch { q, scores } = scratch;
         q.clear();
         q.extend((0..self.q[0].len()).map(|i| self.q.map(|q| q[i] * self.scale)));
         scores.clear();
-        scores.resize(self.length, [0.0; TILE]);
+        scores.resize(self.length, [0.0; N]);
         let whole = self.length / KEYS * KEYS;
         for p in (0..whole).step_by(KEYS) {
-            self.score::<FMA, KEYS>(q, p, &mut scores[p..p + KEYS]);
+            let scores = &mut scores[p..p + KEYS];
+            #[cfg(target_arch = "x86_64")]
+            if AVX512 && let Some((q, scores)) = wide::<N>(q, scores) {
+                // SAFETY: only `run_avx512` asks for it.
+                unsafe { self.score_avx512(q, p, scores) };
+                continue;
+            }
+            self.score::<FMA, KEYS>(q, p, scores);
         }
         for p in whole..self.length {
             self.score::<FMA, 1>(q, p, &mut scores[p..p + 1]);
         }
         let sums = self.weigh(scores);
         for (first, out) in out.chunks_mut(4).enumerate() {
-            self.mix::<FMA>(4 * first, scores, &sums, out);
+            let mut from = 0;
+            #[cfg(target_arch = "x86_64")]
+            if AVX512 {
+                // SAFETY: only `run_avx512` asks for it.
+                from = unsafe { self.mix_avx512(4 * first, scores, &sums, out) };
+            }
+            self.mix::<FMA>(4 * first, from, scores, &sums, out);
         }
     }
 
-    /// Scores of `N` keys from `p` on.
+    /// [`Self::mix`] of [`WIDE_MIX`] values at a time; returns how many of a head it has done.
+    ///
+    /// # Safety
+    /// Needs AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn mix_avx512(
+        &self,
+        first: usize,
+        weights: &[[f32; N]],
+        sums: &[f32; N],
+        out: &mut [&mut [f32]],
+    ) -> usize {
+        use std::arch::x86_64::*;
+        let d = self.q[0].len();
+        let whole = d / WIDE_MIX * WIDE_MIX;
+        for from in (0..whole).step_by(WIDE_MIX) {
+            let mut acc = [[_mm512_setzero_ps(); 2]; 4];
+            let rows = self.values[from..].chunks(self.stride);
+            for (weights, row) in weights.iter().zip(rows) {
+                let (Some(weights), Some(row)) = (
+                    weights[first..].first_chunk::<4>(),
+                    row.first_chunk::<WIDE_MIX>(),
+                ) else {
+                    break; // no row is shorter than a head
+                };
+                // SAFETY: 32 values.
+                let row = unsafe {
+                    [
+                        _mm512_loadu_ps(row.as_ptr()),
+                        _mm512_loadu_ps(row[16..].as_ptr()),
+                    ]
+                };
+                for (acc, weight) in acc.iter_mut().zip(weights) {
+                    let weight = _mm512_set1_ps(*weight);
+                    acc[0] = _mm512_fmadd_ps(weight, row[0], acc[0]);
+                    acc[1] = _mm512_fmadd_ps(weight, row[1], acc[1]);
+                }
+            }
+            for (t, (out, acc)) in out.iter_mut().zip(acc).enumerate() {
+                let inverse = _mm512_set1_ps(1.0 / sums[first + t]);
+                let out = &mut out[from..from + WIDE_MIX];
+                // SAFETY: 32 values.
+                unsafe {
+                    _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(acc[0], inverse));
+                    _mm512_storeu_ps(out[16..].as_mut_ptr(), _mm512_mul_ps(acc[1], inverse));
+                }
+            }
+        }
+        whole
+    }
+
+    /// [`Self::score`] of [`KEYS`] keys: the sums stay in registers only where they are spelled out.
+    ///
+    /// # Safety
+    /// Needs AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn score_avx512(&self, q: &[[f32; WIDE]], p: usize, scores: &mut [[f32; WIDE]; KEYS]) {
+        use std::arch::x86_64::*;
+        let keys: [&[f32]; KEYS] =
+            std::array::from_fn(|j| &self.keys[(p + j) * self.stride..][..q.len()]);
+        let mut acc = [_mm512_setzero_ps(); KEYS];
+        for (i, q) in q.iter().enumerate() {
+            // SAFETY: 16 values.
+            let q = unsafe { _mm512_loadu_ps(q.as_ptr()) };
+            for (acc, key) in acc.iter_mut().zip(keys) {
+                // SAFETY: a key is as long as a query.
+                let key = _mm512_set1_ps(unsafe { *key.get_unchecked(i) });
+                *acc = _mm512_fmadd_ps(q, key, *acc);
+            }
+        }
+        for (scores, acc) in scores.iter_mut().zip(acc) {
+            // SAFETY: 16 values.
+            unsafe { _mm512_storeu_ps(scores.as_mut_ptr(), acc) };
+        }
+    }
+
+    /// Scores of `K` keys from `p` on.
     #[inline(always)]
-    fn score<const FMA: bool, const N: usize>(&self, q: &[Lanes], p: usize, scores: &mut [Lanes]) {
+    fn score<const FMA: bool, const K: usize>(
+        &self,
+        q: &[[f32; N]],
+        p: usize,
+        scores: &mut [[f32; N]],
+    ) {
         let d = q.len();
-        let keys: [&[f32]; N] = std::array::from_fn(|j| &self.keys[(p + j) * self.stride..][..d]);
-        let mut acc = [[0.0f32; TILE]; N];
+        let keys: [&[f32]; K] = std::array::from_fn(|j| &self.keys[(p + j) * self.stride..][..d]);
+        let mut acc = [[0.0f32; N]; K];
         for (i, q) in q.iter().enumerate() {
             for (acc, key) in acc.iter_mut().zip(keys) {
-                for lane in 0..TILE {
+                for lane in 0..N {
                     acc[lane] = mul_add::<FMA>(q[lane], key[i], acc[lane]);
                 }
             }
@@ -242,7 +359,7 @@ impl Tile<'_> {
 
     /// Turns scores into `e^(score - max)`, zero where a query does not look; returns their sums.
     #[inline(always)]
-    fn weigh(&self, scores: &mut [Lanes]) -> Lanes {
+    fn weigh(&self, scores: &mut [[f32; N]]) -> [f32; N] {
         if let Some(cap) = self.softcap {
             for scores in scores.iter_mut() {
                 for s in scores {
@@ -253,16 +370,16 @@ impl Tile<'_> {
         let sees = |p: usize, lane: usize| {
             (p as u32 >= self.seen_from[lane]) & (p as u32 <= self.seen_to[lane])
         };
-        let mut max = [f32::NEG_INFINITY; TILE];
+        let mut max = [f32::NEG_INFINITY; N];
         for (p, scores) in scores.iter().enumerate() {
-            for lane in 0..TILE {
+            for lane in 0..N {
                 let larger = (scores[lane] > max[lane]) & sees(p, lane);
                 max[lane] = if larger { scores[lane] } else { max[lane] };
             }
         }
-        let mut sums = [0.0f32; TILE];
+        let mut sums = [0.0f32; N];
         for (p, scores) in scores.iter_mut().enumerate() {
-            for lane in 0..TILE {
+            for lane in 0..N {
                 let e = ops::exp(scores[lane] - max[lane]);
                 scores[lane] = if sees(p, lane) { e } else { 0.0 };
                 sums[lane] += scores[lane];
@@ -271,18 +388,19 @@ impl Tile<'_> {
         sums
     }
 
-    /// Weighted means of the values for up to four queries from `first` on.
+    /// Weighted means of the values, those of a head from `done` on, for up to four queries from `first` on.
     #[inline(always)]
     fn mix<const FMA: bool>(
         &self,
         first: usize,
-        weights: &[Lanes],
-        sums: &Lanes,
+        done: usize,
+        weights: &[[f32; N]],
+        sums: &[f32; N],
         out: &mut [&mut [f32]],
     ) {
         let d = self.q[0].len();
         let whole = d / WIDTH * WIDTH;
-        for from in (0..whole).step_by(WIDTH) {
+        for from in (done..whole).step_by(WIDTH) {
             // Fixed lengths only: these sums must stay in registers.
             let mut acc = [[0.0f32; WIDTH]; 4];
             let rows = self.values[from..].chunks(self.stride);
@@ -317,6 +435,21 @@ impl Tile<'_> {
             }
         }
     }
+}
+
+/// Queries and scores of a tile as those of a wide one, if it is.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn wide<'a, const N: usize>(
+    q: &'a [[f32; N]],
+    scores: &'a mut [[f32; N]],
+) -> Option<(&'a [[f32; WIDE]], &'a mut [[f32; WIDE]; KEYS])> {
+    if N != WIDE {
+        return None;
+    }
+    let q = q.as_flattened().as_chunks::<WIDE>().0;
+    let scores = scores.as_flattened_mut().as_chunks_mut::<WIDE>().0;
+    Some((q, scores.first_chunk_mut()?))
 }
 
 /// `a b + c`, rounded once where the instruction set does that.

@@ -1,7 +1,7 @@
 //! The small operations of a decoder: norms, rotary embedding, activations, softmax, top-k.
 //!
-//! Bodies are plain Rust that vectorises; on x86-64 each is compiled a second time with AVX2 and FMA
-//! and chosen by [`crate::dispatch`].
+//! Bodies are plain Rust that vectorises; on x86-64 each is compiled again for AVX2 and AVX-512 and chosen
+//! by [`crate::dispatch`]. Nothing is fused or reordered, so all give the same bits.
 
 use crate::dispatch::{Isa, isa};
 use crate::pool;
@@ -9,21 +9,28 @@ use crate::pool;
 /// Below this many elements an operation runs on one thread.
 const PARALLEL_FROM: usize = 1 << 15;
 
-/// Defines `$name` with a portable and an AVX2 instance of `$body`.
+/// Defines `$name` with an instance of `$body` for each instruction set.
 macro_rules! dispatched {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident / $wide:ident / $body:ident ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma")]
-        fn $wide($($arg: $ty),*) $(-> $ret)? {
-            $body($($arg),*)
-        }
-
+    ($(#[$doc:meta])* $vis:vis fn $name:ident / $body:ident ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {
         $(#[$doc])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            if isa() >= Isa::Avx2 {
-                // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
-                return unsafe { $wide($($arg),*) };
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                if isa() >= Isa::Avx512 {
+                    // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
+                    return unsafe { avx512($($arg),*) };
+                } else if isa() >= Isa::Avx2 {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
             }
             $body($($arg),*)
         }
@@ -36,8 +43,10 @@ macro_rules! dispatched {
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
+    const ROUND_BITS: u32 = ROUND.to_bits();
     let x = x.clamp(-87.3, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     p = p * r + 1.398_2e-3;
@@ -45,7 +54,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The low bits of `rounded` are those of the integer `n`; a cast would be done one by one.
+    let scale = f32::from_bits(rounded.to_bits().wrapping_sub(ROUND_BITS - 127) << 23);
     (p * r * r + r + 1.0) * scale
 }
 
@@ -89,7 +99,7 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
 
 dispatched! {
     /// `a . b`.
-    pub fn dot / dot_avx2 / dot_body (a: &[f32], b: &[f32]) -> f32
+    pub fn dot / dot_body (a: &[f32], b: &[f32]) -> f32
 }
 
 #[inline(always)]
@@ -101,7 +111,7 @@ fn axpy_body(alpha: f32, x: &[f32], y: &mut [f32]) {
 
 dispatched! {
     /// `y += alpha x`.
-    pub fn axpy / axpy_avx2 / axpy_body (alpha: f32, x: &[f32], y: &mut [f32])
+    pub fn axpy / axpy_body (alpha: f32, x: &[f32], y: &mut [f32])
 }
 
 /// `x += y`.
@@ -118,7 +128,7 @@ fn rms_row(x: &[f32], w: &[f32], eps: f32, plus: f32, out: &mut [f32]) {
 }
 
 dispatched! {
-    fn rms_one / rms_avx2 / rms_row (x: &[f32], w: &[f32], eps: f32, plus: f32, out: &mut [f32])
+    fn rms_one / rms_row (x: &[f32], w: &[f32], eps: f32, plus: f32, out: &mut [f32])
 }
 
 /// RMS norm of each row: `out = x / sqrt(mean(x^2) + eps) * w`, with `1 + w` instead of `w` if
@@ -233,7 +243,7 @@ fn silu_body(gate: &mut [f32], up: &[f32]) {
 }
 
 dispatched! {
-    fn silu_one / silu_avx2 / silu_body (gate: &mut [f32], up: &[f32])
+    fn silu_one / silu_body (gate: &mut [f32], up: &[f32])
 }
 
 #[inline(always)]
@@ -247,7 +257,7 @@ fn gelu_body(gate: &mut [f32], up: &[f32]) {
 }
 
 dispatched! {
-    fn gelu_one / gelu_avx2 / gelu_body (gate: &mut [f32], up: &[f32])
+    fn gelu_one / gelu_body (gate: &mut [f32], up: &[f32])
 }
 
 fn in_chunks(x: &mut [f32], y: &[f32], one: fn(&mut [f32], &[f32])) {
@@ -279,7 +289,7 @@ fn softcap_body(x: &mut [f32], cap: f32) {
 }
 
 dispatched! {
-    fn softcap_one / softcap_avx2 / softcap_body (x: &mut [f32], cap: f32)
+    fn softcap_one / softcap_body (x: &mut [f32], cap: f32)
 }
 
 /// `x = cap tanh(x / cap)`.
@@ -327,7 +337,7 @@ fn softmax_body(x: &mut [f32]) -> f32 {
 
 dispatched! {
     /// Softmax in place; returns the sum of `e^(x - max)`.
-    pub fn softmax / softmax_avx2 / softmax_body (x: &mut [f32]) -> f32
+    pub fn softmax / softmax_body (x: &mut [f32]) -> f32
 }
 
 /// `ln sum e^x`, accumulated in f64.
