@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`quant`] | GGUF block types: layout, exact unpacking |
 //! | [`linear`] | `y = x Wᵀ + b` with weights packed once |
+//! | [`mlp`] | the gated MLP, its hidden activations never in memory |
 //! | [`attention`] | causal attention over ragged caches |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
 //! | [`encoder`] | product and top-k of an autoencoder's encoder in one pass, bf16 or f32 |
@@ -26,6 +27,7 @@ pub mod encoder;
 mod error;
 pub mod gemm;
 pub mod linear;
+pub mod mlp;
 pub mod mmap;
 pub mod ops;
 mod packed;

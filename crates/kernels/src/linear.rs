@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::dispatch::{Isa, isa};
 use crate::error::KernelError;
-use crate::packed::{Activations, BLOCK, Packed, Shared};
+use crate::packed::{Activations, BLOCK, Cut, Packed, Shared};
 use crate::pool;
 use crate::quant::{GgmlType, dequantize_row};
 
@@ -25,8 +25,9 @@ thread_local! {
 /// Bytes of a matrix that are packed between two calls of `read`.
 pub(crate) const READ_AHEAD: usize = 16 << 20;
 
-/// Bytes of weights that a task keeps in its cache.
+/// Bytes of weights that a task keeps in its cache, and of rounded activations.
 pub(crate) const L2_WEIGHTS: usize = 384 << 10;
+pub(crate) const L2_ACTIVATIONS: usize = 1 << 20;
 
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -183,11 +184,10 @@ impl Linear {
         }
     }
 
-    /// Outputs per task and number of tasks for `n` rows: a task should be worth some ten
-    /// microseconds.
-    fn split(&self, n: usize) -> (usize, usize) {
+    /// Tasks for `n` rows: each should be worth some ten microseconds.
+    fn cut(&self, n: usize) -> Cut {
         if let Weights::Packed(p) = &self.weights {
-            return p.split(n);
+            return p.cut(n, 1);
         }
         let pairs = self.out_features.div_ceil(2);
         // With many rows a task's weights are read again for each tile of them: from the L2 cache.
@@ -200,24 +200,43 @@ impl Linear {
             enough.max(even.min(fit))
         }
         .max(1);
-        (group, pairs.div_ceil(group))
+        Cut {
+            group,
+            groups: pairs.div_ceil(group),
+            rows: n,
+            chunks: 1,
+        }
+    }
+
+    /// The packed weights, if they are.
+    pub(crate) fn packed(&self) -> Option<&Packed> {
+        match &self.weights {
+            Weights::Packed(p) => Some(p),
+            _ => None,
+        }
     }
 
     /// Computes the outputs of one task.
     ///
     /// # Safety
-    /// `out` is `[n, out_features]`; nobody else accesses this task's columns of it.
-    unsafe fn task(&self, task: Range<usize>, x: Input<'_>, bias: Option<&[f32]>, out: Shared) {
+    /// `out` is `[n, out_features]`; nobody else accesses this task's part of it.
+    unsafe fn task(
+        &self,
+        part: (Range<usize>, Range<usize>),
+        x: Input<'_>,
+        bias: Option<&[f32]>,
+        out: Shared<f32>,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.weights {
-                Weights::Packed(p) => p.task(task, x.rounded, x.n, bias, out),
-                Weights::F32(w) => self.dense(w, task, x, bias, out),
+                Weights::Packed(p) => p.task(part, x.rounded, bias, out),
+                Weights::F32(w) => self.dense(w, part.0, x, bias, out),
                 Weights::F16(w) => {
-                    self.dense(bytemuck::cast_slice::<u16, Half>(w), task, x, bias, out);
+                    self.dense(bytemuck::cast_slice::<u16, Half>(w), part.0, x, bias, out);
                 }
                 Weights::Bf16(w) => {
-                    self.dense(bytemuck::cast_slice::<u16, Brain>(w), task, x, bias, out);
+                    self.dense(bytemuck::cast_slice::<u16, Brain>(w), part.0, x, bias, out);
                 }
             }
         }
@@ -233,7 +252,7 @@ impl Linear {
         pairs: Range<usize>,
         x: Input<'_>,
         bias: Option<&[f32]>,
-        out: Shared,
+        out: Shared<f32>,
     ) {
         let (k, m) = (self.in_features, self.out_features);
         let pairs = pairs.start..pairs.end.min(m.div_ceil(2));
@@ -305,34 +324,44 @@ pub fn forward_all<const N: usize>(x: &[f32], n: usize, outputs: [Output<'_>; N]
     if n == 0 {
         return;
     }
-    let packed = |o: &Output<'_>| matches!(o.linear.weights, Weights::Packed(_));
-    // Kept from call to call: fresh pages would cost as much as the rounding.
+    let packed = outputs.iter().any(|o| o.linear.packed().is_some());
+    with_rounded(packed.then_some(x), x.len() / n, |rounded| {
+        run(Input { x, n, rounded }, outputs);
+    });
+}
+
+/// Calls `f` with `x` rounded to int8, in memory that is kept from call to call: fresh pages would cost as
+/// much as the rounding.
+pub(crate) fn with_rounded(x: Option<&[f32]>, columns: usize, f: impl FnOnce(&Activations)) {
     let mut rounded = ACTIVATIONS.take();
-    if outputs.iter().any(packed) {
-        rounded.round(x, x.len() / n);
+    if let Some(x) = x {
+        rounded.round(x, columns);
     }
-    let input = Input {
-        x,
-        n,
-        rounded: &rounded,
-    };
+    f(&rounded);
+    ACTIVATIONS.set(rounded);
+}
+
+/// `y = x Wᵀ + bias` of a packed layer whose input is rounded already.
+pub(crate) fn forward_rounded(rounded: &Activations, n: usize, output: Output<'_>) {
+    run(Input { x: &[], n, rounded }, [output]);
+}
+
+fn run<const N: usize>(input: Input<'_>, outputs: [Output<'_>; N]) {
     let mut tasks = 0;
     let layers = outputs.map(|o| {
-        let (group, count) = o.linear.split(n);
-        tasks += count;
-        (o.linear, o.bias, Shared::new(o.y), group, count)
+        let cut = o.linear.cut(input.n);
+        tasks += cut.tasks();
+        (o.linear, o.bias, Shared::new(o.y), cut)
     });
     pool::for_each(tasks, |mut task| {
-        for &(linear, bias, out, group, count) in &layers {
-            if task < count {
-                let part = task * group..(task + 1) * group;
-                // SAFETY: the output's length was checked, and tasks partition its columns.
-                return unsafe { linear.task(part, input, bias, out) };
+        for &(linear, bias, out, cut) in &layers {
+            if task < cut.tasks() {
+                // SAFETY: the output's length was checked, and tasks partition it.
+                return unsafe { linear.task(cut.part(task), input, bias, out) };
             }
-            task -= count;
+            task -= cut.tasks();
         }
     });
-    ACTIVATIONS.set(rounded);
 }
 
 /// A stored weight.

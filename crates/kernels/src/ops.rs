@@ -190,7 +190,8 @@ pub enum RopeStyle {
 #[derive(Debug, Clone, Default)]
 pub struct RopeTable {
     half: usize,
-    cos_sin: Vec<(f32, f32)>, // [n, rot_dim / 2]
+    cos: Vec<f32>, // [n, rot_dim / 2]
+    sin: Vec<f32>,
 }
 
 impl RopeTable {
@@ -198,10 +199,11 @@ impl RopeTable {
     pub fn extend(&mut self, positions: std::ops::Range<usize>, inv_freq: &[f32], scale: f32) {
         self.half = inv_freq.len();
         for p in positions {
-            self.cos_sin.extend(inv_freq.iter().map(|f| {
+            for f in inv_freq {
                 let (sin, cos) = (p as f32 * f).sin_cos();
-                (cos * scale, sin * scale)
-            }));
+                self.cos.push(cos * scale);
+                self.sin.push(sin * scale);
+            }
         }
     }
 
@@ -213,26 +215,35 @@ impl RopeTable {
     pub fn apply(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle) {
         let half = self.half;
         in_rows(x, heads * d_head, |i, row| {
-            let table = &self.cos_sin[i * half..(i + 1) * half];
+            let at = i * half..(i + 1) * half;
+            let (cos, sin) = (&self.cos[at.clone()], &self.sin[at]);
             for head in row.chunks_exact_mut(d_head) {
                 match style {
                     RopeStyle::Neox => {
                         let (a, b) = head[..2 * half].split_at_mut(half);
-                        for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(table) {
-                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                        }
+                        rotate(a, b, cos, sin);
                     }
                     RopeStyle::Interleaved => {
-                        let pairs = head[..2 * half].chunks_exact_mut(2);
-                        for (pair, (cos, sin)) in pairs.zip(table) {
-                            let (a, b) = (pair[0], pair[1]);
-                            (pair[0], pair[1]) = (a * cos - b * sin, b * cos + a * sin);
+                        let pairs = head[..2 * half].as_chunks_mut::<2>().0;
+                        for ([a, b], (cos, sin)) in pairs.iter_mut().zip(cos.iter().zip(sin)) {
+                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                         }
                     }
                 }
             }
         });
     }
+}
+
+#[inline(always)]
+fn rotate_body(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+dispatched! {
+    fn rotate / rotate_body (a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32])
 }
 
 #[inline(always)]
@@ -271,14 +282,29 @@ fn in_chunks(x: &mut [f32], y: &[f32], one: fn(&mut [f32], &[f32])) {
     }
 }
 
-/// `gate = silu(gate) * up`, with `silu(x) = x / (1 + e^-x)`.
-pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    in_chunks(gate, up, silu_one);
+/// What is applied to the gate of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// The tanh approximation of gelu (Gemma).
+    GeluTanh,
 }
 
-/// `gate = gelu(gate) * up`, with the tanh approximation of gelu (Gemma).
-pub fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
-    in_chunks(gate, up, gelu_one);
+/// `gate = act(gate) * up`, on this thread.
+pub(crate) fn gate_one(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => silu_one(gate, up),
+        Activation::GeluTanh => gelu_one(gate, up),
+    }
+}
+
+/// `gate = act(gate) * up`.
+pub fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => in_chunks(gate, up, silu_one),
+        Activation::GeluTanh => in_chunks(gate, up, gelu_one),
+    }
 }
 
 #[inline(always)]
@@ -455,10 +481,10 @@ mod tests {
     #[test]
     fn activations_by_hand() {
         let mut g = [0.0, 1.0, -2.0];
-        silu_mul(&mut g, &[1.0, 2.0, 1.0]);
+        gated(Activation::Silu, &mut g, &[1.0, 2.0, 1.0]);
         close(&g, &[0.0, 2.0 * 0.731_058_6, -2.0 * 0.119_202_92]);
         let mut g = [0.0, 1.0, -1.0];
-        gelu_tanh_mul(&mut g, &[1.0, 1.0, 2.0]);
+        gated(Activation::GeluTanh, &mut g, &[1.0, 1.0, 2.0]);
         close(&g, &[0.0, 0.841_192, -0.317_616]);
         let mut x = [50.0];
         softcap(&mut x, 50.0);

@@ -1,6 +1,6 @@
 //! The declarative description of a decoder: everything that tells one family from another, as data.
 
-use demur_kernels::ops::RopeStyle;
+use demur_kernels::ops::{Activation, RopeStyle};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::ModelError;
@@ -97,15 +97,6 @@ impl Rope {
             _ => &self.inv_freq,
         }
     }
-}
-
-/// The nonlinearity of the gated MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// The tanh approximation of GELU.
-    GeluTanh,
 }
 
 /// Names of the tensors; `{i}` stands for the layer.

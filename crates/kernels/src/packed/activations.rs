@@ -1,6 +1,8 @@
 //! Activations rounded to int8, one scale for each block of 32 values.
 
-use super::BLOCK;
+use std::ops::Range;
+
+use super::{BLOCK, Shared};
 use crate::dispatch::{Isa, isa};
 use crate::pool;
 
@@ -97,8 +99,7 @@ impl<'a> Tile<'a> {
 impl Activations {
     /// Rounds `x` `[n, columns]`.
     pub(crate) fn round(&mut self, x: &[f32], columns: usize) {
-        self.blocks = columns / BLOCK;
-        self.x.resize(x.len() / BLOCK, XBlock::default());
+        self.resize(x.len().checked_div(columns).unwrap_or(0), columns / BLOCK);
         let width = TILE * self.blocks;
         let tile = |t: usize, out: &mut [XBlock]| {
             let rows = out.len() / self.blocks.max(1);
@@ -115,27 +116,47 @@ impl Activations {
         }
     }
 
-    /// The tiles of `n` rows.
-    pub(super) fn tiles(&self, n: usize) -> impl Iterator<Item = Tile<'_>> {
-        assert_eq!(
-            self.x.len(),
-            n * self.blocks,
-            "activations are [n, in / 32]"
-        );
-        let tiles = self.x.chunks((TILE * self.blocks).max(1));
-        tiles.map(|x| {
-            let rows = x.len() / self.blocks;
-            Tile {
+    /// Makes room for `n` rows of `blocks` blocks; what they hold is left to the caller.
+    pub(super) fn resize(&mut self, n: usize, blocks: usize) {
+        self.blocks = blocks;
+        self.x.resize(n * blocks, XBlock::default());
+    }
+
+    /// Bytes that it holds.
+    pub(crate) fn bytes(&self) -> usize {
+        self.x.capacity() * size_of::<XBlock>()
+    }
+
+    /// Rows.
+    pub(super) fn rows(&self) -> usize {
+        self.x.len().checked_div(self.blocks).unwrap_or(0)
+    }
+
+    /// The tiles of `rows`, which begin a tile, each with its first row.
+    pub(super) fn tiles(&self, rows: Range<usize>) -> impl Iterator<Item = (usize, Tile<'_>)> {
+        let rows = rows.start..rows.end.min(self.rows());
+        let x = &self.x[rows.start * self.blocks..rows.end * self.blocks];
+        let tiles = x.chunks((TILE * self.blocks).max(1)).enumerate();
+        tiles.map(move |(t, x)| {
+            let stride = x.len() / self.blocks;
+            let tile = Tile {
                 x,
-                stride: rows,
-                rows,
-            }
+                stride,
+                rows: stride,
+            };
+            (rows.start + t * TILE, tile)
         })
+    }
+
+    /// All blocks, to be written by tasks: block `b` of the rows of a tile that begins at row `first` is at
+    /// `first * blocks + b * stride`.
+    pub(super) fn shared(&mut self) -> Shared<XBlock> {
+        Shared::new(&mut self.x)
     }
 }
 
 /// Rounds one row; its blocks are `stride` apart.
-fn round(x: &[f32], out: &mut [XBlock], stride: usize) {
+pub(super) fn round(x: &[f32], out: &mut [XBlock], stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx512 {
         // SAFETY: `isa` returns Avx512 only where the processor has these features.
@@ -288,7 +309,7 @@ mod tests {
             let mut found = Activations::default();
             found.round(&x, 96);
             // Two rows of three blocks: one tile, its rows side by side.
-            let tile = found.tiles(2).next().unwrap();
+            let (_, tile) = found.tiles(0..2).next().unwrap();
             for (i, p) in plain.iter().enumerate() {
                 let f = tile.block(i % 3, i / 3);
                 assert_eq!(f.q, p.q, "{isa:?}");

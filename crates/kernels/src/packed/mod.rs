@@ -33,6 +33,7 @@
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod gated;
 mod panel;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -43,10 +44,11 @@ use std::ops::Range;
 use half::f16;
 
 pub(crate) use self::activations::Activations;
-use self::activations::{TILE, Tile};
+use self::activations::{TILE, Tile, XBlock};
+pub(crate) use self::gated::Gated;
 use self::panel::{Panel, Row, Scratch};
 use crate::dispatch::{Isa, isa};
-use crate::linear::{L2_WEIGHTS, READ_AHEAD};
+use crate::linear::{L2_ACTIVATIONS, L2_WEIGHTS, READ_AHEAD};
 use crate::pool;
 use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 
@@ -58,7 +60,7 @@ pub(crate) const PANEL: usize = 16;
 const IN_REGISTERS: usize = 32;
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<[Scratch; 2]> = RefCell::default();
 }
 
 /// Bits that an integer is stored in.
@@ -159,24 +161,92 @@ fn take<'a, T>(rest: &mut &'a mut [T], n: usize) -> &'a mut [T] {
 }
 
 /// A pointer to the output that tasks share; each writes columns of its own panels only.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared(*mut f32);
+pub(crate) struct Shared<T>(*mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: tasks write disjoint elements, and the borrow of the output outlives the parallel loop.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    pub(crate) fn new(y: &mut [f32]) -> Self {
+impl<T> Shared<T> {
+    pub(crate) fn new(y: &mut [T]) -> Self {
         Self(y.as_mut_ptr())
     }
 
     /// # Safety
     /// `at .. at + n` is in bounds of the output and no other task accesses it.
-    pub(crate) unsafe fn part<'a>(self, at: usize, n: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn part<'a>(self, at: usize, n: usize) -> &'a mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(at), n) }
+    }
+}
+
+/// How a product is cut into tasks: outputs in `groups` of `group`, rows in `chunks` of `rows`. All groups
+/// of a chunk come before the next chunk, so that threads share the activations that they read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cut {
+    pub group: usize,
+    pub groups: usize,
+    pub rows: usize,
+    pub chunks: usize,
+}
+
+impl Cut {
+    pub(crate) fn tasks(&self) -> usize {
+        self.groups * self.chunks
+    }
+
+    /// Outputs and rows of a task; the last of each may be more than there are.
+    pub(crate) fn part(&self, task: usize) -> (Range<usize>, Range<usize>) {
+        let (chunk, group) = (task / self.groups, task % self.groups);
+        (
+            group * self.group..(group + 1) * self.group,
+            chunk * self.rows..(chunk + 1) * self.rows,
+        )
+    }
+}
+
+/// Some panels of a matrix, made ready for tiles of activations.
+struct Ready<'a> {
+    w: &'a Packed,
+    scratch: &'a mut Scratch,
+    first: usize,
+    in_registers: bool,
+}
+
+impl<'a> Ready<'a> {
+    /// For `n` rows.
+    fn new(w: &'a Packed, scratch: &'a mut Scratch, panels: Range<usize>, n: usize) -> Self {
+        let in_registers = n <= IN_REGISTERS && isa() >= Isa::Avx512;
+        let first = panels.start;
+        if !in_registers {
+            scratch.unpack(w, panels, true);
+        }
+        Self {
+            w,
+            scratch,
+            first,
+            in_registers,
+        }
+    }
+
+    /// The sums of a panel for the rows of a tile.
+    fn tile(&mut self, panel: usize, x: Tile<'_>, sums: &mut [Row]) {
+        let w = self.w;
+        if self.in_registers {
+            self.scratch.unpack(w, panel..panel + 1, false);
+            w.tile::<true>(self.scratch.panel(w, 0, panel), x, sums);
+        } else {
+            w.tile::<false>(self.scratch.panel(w, panel - self.first, panel), x, sums);
+        }
     }
 }
 
@@ -313,67 +383,67 @@ impl Packed {
         &self.weights[panel * each..(panel + 1) * each]
     }
 
-    /// Panels a task and number of tasks for `n` rows: a task should be worth some microseconds, its
-    /// unpacked weights should stay in the L2 cache while tiles of activations pass, and there should
-    /// be several for each thread.
-    pub(crate) fn split(&self, n: usize) -> (usize, usize) {
-        let panels = self.rows.div_ceil(PANEL);
-        let integers = self.blocks * BLOCK * PANEL;
+    /// Tasks for `n` rows, whose outputs are those of `panels` panels at a time: a task should be worth
+    /// some microseconds, its unpacked weights and its activations should stay in the L2 cache, and
+    /// there should be several for each thread.
+    pub(crate) fn cut(&self, n: usize, panels: usize) -> Cut {
+        let units = self.rows.div_ceil(PANEL * panels);
+        let integers = self.blocks * BLOCK * PANEL * panels;
         let enough = (1 << 18) / (integers * n.min(8)).max(1);
-        let even = panels / (4 * crate::threads());
+        let even = units / (4 * crate::threads());
         let group = if n == 1 {
             even.clamp(1, enough.max(1))
         } else {
             let fit = (L2_WEIGHTS / (integers + integers / 4).max(1)).max(1);
             even.clamp(1, fit).max(enough.min(fit))
         };
-        (group, panels.div_ceil(group))
+        let tiles = L2_ACTIVATIONS / (TILE * self.blocks * size_of::<XBlock>()).max(1);
+        let rows = TILE * tiles.max(4);
+        Cut {
+            group,
+            groups: units.div_ceil(group),
+            rows,
+            chunks: n.div_ceil(rows),
+        }
     }
 
-    /// `y[n, out] = x W^T + bias` for some panels' outputs.
+    /// `y[n, out] = x W^T + bias` for some panels' outputs and some rows.
     ///
     /// # Safety
-    /// `out` is `[n, rows]`; nobody else accesses the columns of these panels.
+    /// `out` is `[n, rows]`; nobody else accesses the columns of these panels in these rows.
     pub(crate) unsafe fn task(
         &self,
-        panels: Range<usize>,
+        (panels, rows): (Range<usize>, Range<usize>),
         x: &Activations,
-        n: usize,
         bias: Option<&[f32]>,
-        out: Shared,
+        out: Shared<f32>,
     ) {
         let panels = panels.start..panels.end.min(self.rows.div_ceil(PANEL));
         let write = |row: usize, panel: usize, sums: &Row| {
             let first = panel * PANEL;
-            let rows = (self.rows - first).min(PANEL);
-            // SAFETY: the panel's rows are below `rows` and the activation row below `n`, so the
-            // part is in bounds; the columns are this task's.
-            let out = unsafe { out.part(row * self.rows + first, rows) };
-            match bias {
-                Some(bias) => {
-                    let sums = sums.iter().zip(&bias[first..first + rows]);
+            let columns = (self.rows - first).min(PANEL);
+            // SAFETY: the panel's columns are below `rows` and the activation row below `n`, so the
+            // part is in bounds; they are this task's.
+            let out = unsafe { out.part(row * self.rows + first, columns) };
+            match (bias, out.first_chunk_mut::<PANEL>()) {
+                (Some(bias), _) => {
+                    let sums = sums.iter().zip(&bias[first..first + columns]);
                     out.iter_mut().zip(sums).for_each(|(o, (s, b))| *o = s + b);
                 }
-                None => out.copy_from_slice(&sums[..rows]),
+                (None, Some(out)) => *out = *sums,
+                (None, None) => out.copy_from_slice(&sums[..columns]),
             }
         };
-        SCRATCH.with_borrow_mut(|scratch| {
+        SCRATCH.with_borrow_mut(|[scratch, _]| {
             let mut sums = [[0.0; PANEL]; TILE];
-            let in_registers = n <= IN_REGISTERS && isa() >= Isa::Avx512;
-            if !in_registers {
-                scratch.unpack(self, panels.clone(), true);
-            }
-            for (t, x) in x.tiles(n).enumerate() {
+            let n = rows.end.min(x.rows()) - rows.start;
+            let mut ready = Ready::new(self, scratch, panels.clone(), n);
+            for (first, x) in x.tiles(rows) {
                 let sums = &mut sums[..x.rows];
-                for (at, panel) in panels.clone().enumerate() {
-                    if in_registers {
-                        scratch.unpack(self, panel..panel + 1, false);
-                        self.tile::<true>(scratch.panel(self, 0, panel), x, sums);
-                    } else {
-                        self.tile::<false>(scratch.panel(self, at, panel), x, sums);
-                    }
+                for panel in panels.clone() {
+                    ready.tile(panel, x, sums);
                     for (i, sums) in sums.iter().enumerate() {
-                        write(t * TILE + i, panel, sums);
+                        write(first + i, panel, sums);
                     }
                 }
             }

@@ -1,6 +1,7 @@
 //! A panel of weights made ready for a tile of activations: integers a byte each, factors in f32.
 
-use super::activations::TOP;
+#[cfg(target_arch = "x86_64")]
+use super::vnni;
 use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
 use crate::dispatch::{Isa, isa};
 use crate::linear::widen_f16;
@@ -85,20 +86,31 @@ fn unpack_avx2(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], min
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn unpack_avx512(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
-    unpack_integers(w, p, lines);
-    if !w.has_mins() {
-        let bias = (TOP - w.offset) as u8;
-        for line in lines.iter_mut() {
-            line.0.iter_mut().for_each(|u| *u += bias);
+    vnni::unpack(w, p, lines);
+    let supers = w.blocks * BLOCK / 256;
+    let per_panel = w.blocks * w.halves;
+    let groups = p * per_panel..(p + 1) * per_panel;
+    let supers = p * supers..(p + 1) * supers;
+    let blocks = p * w.blocks..(p + 1) * w.blocks;
+    match &w.factors {
+        Factors::Blocks { scales: s, mins: m } => {
+            widen_avx512(&s[blocks.clone()], scales);
+            if !m.is_empty() {
+                widen_avx512(&m[blocks], mins);
+            }
         }
-    }
-    let Factors::Blocks { scales: s, mins: m } = &w.factors else {
-        return unpack_factors(w, p, scales, mins);
-    };
-    let from = p * w.blocks;
-    widen_avx512(&s[from..from + w.blocks], scales);
-    if !m.is_empty() {
-        widen_avx512(&m[from..from + w.blocks], mins);
+        Factors::Supers { units, scales: s } => {
+            expand_avx512(&units[supers], &s[groups], 1.0, scales);
+        }
+        Factors::SupersWithMins {
+            units,
+            scales: s,
+            min_units,
+            mins: m,
+        } => {
+            expand_avx512(&units[supers.clone()], &s[groups.clone()], 1.0, scales);
+            expand_avx512(&min_units[supers], &m[groups], -1.0, mins);
+        }
     }
 }
 
@@ -111,6 +123,30 @@ fn widen_avx512(halves: &[[u16; PANEL]], out: &mut [Row]) {
         unsafe {
             let wide = _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()));
             _mm512_storeu_ps(out.as_mut_ptr(), wide);
+        }
+    }
+}
+
+/// [`expand`] of one panel, the same bits.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn expand_avx512(units: &[[u16; PANEL]], integers: &[[i8; PANEL]], sign: f32, out: &mut [Row]) {
+    use std::arch::x86_64::*;
+    let each = integers.len() / units.len().max(1);
+    let parts = integers
+        .chunks_exact(each.max(1))
+        .zip(out.chunks_exact_mut(each.max(1)));
+    for (unit, (integers, out)) in units.iter().zip(parts) {
+        // SAFETY: 16 values.
+        let unit = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(unit.as_ptr().cast())) };
+        let unit = _mm512_mul_ps(_mm512_set1_ps(sign), unit);
+        for (integers, out) in integers.iter().zip(out) {
+            // SAFETY: both have 16 values.
+            unsafe {
+                let wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(integers.as_ptr().cast()));
+                let factor = _mm512_mul_ps(unit, _mm512_cvtepi32_ps(wide));
+                _mm512_storeu_ps(out.as_mut_ptr(), factor);
+            }
         }
     }
 }

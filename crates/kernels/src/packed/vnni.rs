@@ -119,6 +119,43 @@ unsafe fn block<const BITS: usize>(p: *const Line) -> [__m512i; 8] {
     w
 }
 
+/// Unpacks a panel's integers into `out`, eight vectors a block; into nothing if `out` is empty or the type
+/// is stored so. Where there are no minima they get the offset [`TOP`].
+pub(super) fn unpack(w: &Packed, panel: usize, out: &mut [Line]) {
+    if out.is_empty() {
+        return;
+    }
+    assert_eq!(out.len(), 8 * w.blocks);
+    let lines = w.lines(panel);
+    assert_eq!(lines.len(), w.kind.lines() * w.blocks);
+    let bias = if w.has_mins() { 0 } else { TOP - w.offset } as i8;
+    // SAFETY: `dispatch::isa` said AVX-512; the lengths were checked.
+    unsafe {
+        match w.kind {
+            Kind::Bits4 => unpack_blocks::<4>(lines, bias, out),
+            Kind::Bits5 => unpack_blocks::<5>(lines, bias, out),
+            Kind::Bits6 => unpack_blocks::<6>(lines, bias, out),
+            Kind::Bits8 => unpack_blocks::<8>(lines, bias, out),
+        }
+    }
+}
+
+/// # Safety
+/// Needs the features below; `lines` and `out` hold as many blocks, of `BITS` and of eight vectors.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
+unsafe fn unpack_blocks<const BITS: usize>(lines: &[Line], bias: i8, out: &mut [Line]) {
+    let bias = _mm512_set1_epi8(bias);
+    let blocks = lines.chunks_exact(BITS).zip(out.chunks_exact_mut(8));
+    for (packed, out) in blocks {
+        // SAFETY: a block of `BITS` bits has as many vectors (of four bits four, and so on).
+        let v = unsafe { block::<BITS>(packed.as_ptr()) };
+        for (v, out) in v.into_iter().zip(out) {
+            // SAFETY: 64 bytes, aligned.
+            unsafe { _mm512_store_si512(out.0.as_mut_ptr().cast(), _mm512_add_epi8(v, bias)) };
+        }
+    }
+}
+
 /// Sums of one panel for `N` activation rows.
 ///
 /// # Safety

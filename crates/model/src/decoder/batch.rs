@@ -1,5 +1,7 @@
 //! What goes into a forward pass and what comes out.
 
+use demur_kernels::mlp::Hidden;
+
 use crate::hooks::{InterventionState, Role, Site};
 
 /// Keys and values of one sequence, f32, one pair of buffers a layer.
@@ -123,8 +125,7 @@ pub struct Workspace {
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
     pub(super) attended: Vec<f32>,
-    pub(super) gate: Vec<f32>,
-    pub(super) up: Vec<f32>,
+    pub(super) hidden: Hidden,
     pub(super) out: Vec<f32>,
     pub(super) logits: Vec<f32>,
 }
@@ -139,11 +140,10 @@ impl Workspace {
             &self.k,
             &self.v,
             &self.attended,
-            &self.gate,
-            &self.up,
             &self.out,
             &self.logits,
         ];
-        buffers.iter().map(|b| b.capacity()).sum::<usize>() * size_of::<f32>()
+        let floats = buffers.iter().map(|b| b.capacity()).sum::<usize>();
+        floats * size_of::<f32>() + self.hidden.bytes()
     }
 }

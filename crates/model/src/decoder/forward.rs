@@ -9,7 +9,7 @@ use super::batch::{Capture, Logits, LogitsAt, SeqInput, Workspace};
 use super::{Model, weights::Layer};
 use crate::error::ModelError;
 use crate::hooks::{Point, Rows, Site};
-use crate::spec::{Activation, LayerSpec};
+use crate::spec::LayerSpec;
 
 impl Model {
     /// Runs the new tokens of every sequence through the model.
@@ -202,16 +202,10 @@ impl Model {
     fn mlp(&self, layer: &Layer, ws: &mut Workspace) {
         let spec = &self.spec;
         let n = ws.x.len() / spec.d_model;
-        resize(&mut ws.gate, n * spec.d_mlp);
-        resize(&mut ws.up, n * spec.d_mlp);
-        self.norm(&ws.x, &layer.mlp_norm, &mut ws.h);
-        let gate_up = [layer.gate.output(&mut ws.gate), layer.up.output(&mut ws.up)];
-        forward_all(&ws.h, n, gate_up);
-        match spec.activation {
-            Activation::Silu => ops::silu_mul(&mut ws.gate, &ws.up),
-            Activation::GeluTanh => ops::gelu_tanh_mul(&mut ws.gate, &ws.up),
-        }
-        layer.down.forward(&ws.gate, n, &mut ws.h);
+        resize(&mut ws.out, ws.x.len());
+        self.norm(&ws.x, &layer.mlp_norm, &mut ws.out);
+        let mlp = layer.mlp(spec.activation);
+        mlp.forward(&ws.out, n, &mut ws.hidden, &mut ws.h);
         self.add_branch(ws, layer.post_mlp_norm.as_deref());
     }
 

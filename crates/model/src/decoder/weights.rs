@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use demur_kernels::linear::{Linear, Output, Precision};
+use demur_kernels::mlp::GatedMlp;
+use demur_kernels::ops::Activation;
 use demur_kernels::quant::dequantize_row;
 
 use crate::checkpoint::{Checkpoint, TensorView};
@@ -27,6 +29,20 @@ impl Biased {
             linear: &self.linear,
             bias: self.bias.as_deref(),
             y,
+        }
+    }
+}
+
+impl Layer {
+    /// The MLP.
+    pub(super) fn mlp(&self, activation: Activation) -> GatedMlp<'_> {
+        let [gate, up, down] =
+            [&self.gate, &self.up, &self.down].map(|b| (&b.linear, b.bias.as_deref()));
+        GatedMlp {
+            gate,
+            up,
+            down,
+            activation,
         }
     }
 }

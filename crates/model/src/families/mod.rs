@@ -13,7 +13,8 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, Metadata};
 use crate::error::ModelError;
 use crate::gguf::GgufMetadata;
-use crate::spec::{Activation, LayerSpec, MAX_HEAD, ModelSpec, TensorNames};
+use crate::spec::{LayerSpec, MAX_HEAD, ModelSpec, TensorNames};
+use demur_kernels::ops::Activation;
 
 /// Which layers have a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
