@@ -252,6 +252,10 @@ impl Intervention for CompiledPlan {
         self.interventions.is_empty()
     }
 
+    fn row_wise(&self) -> bool {
+        self.interventions.iter().all(|c| c.gate.is_none())
+    }
+
     fn start(&self) -> Box<dyn InterventionState> {
         Box::new(PlanState {
             interventions: Arc::clone(&self.interventions),

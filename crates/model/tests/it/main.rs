@@ -5,4 +5,5 @@ mod generation;
 mod golden;
 mod hostile;
 mod parity;
+mod scoring;
 mod support;
