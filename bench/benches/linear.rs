@@ -45,7 +45,7 @@ fn ladder(c: &mut Criterion) {
             let mut y = vec![0.0; n * out];
             group.throughput(Throughput::Elements((2 * out * inner * n) as u64));
             for &precision in rungs {
-                let linear = Linear::from_rows(ty, &bytes, out, inner, precision)
+                let linear = Linear::from_rows(ty, &bytes, out, inner, precision, || ())
                     .expect("the bytes are whole rows");
                 group.bench_function(BenchmarkId::new(format!("{precision:?}"), n), |b| {
                     b.iter(|| linear.forward(&x, n, None, &mut y));

@@ -8,6 +8,7 @@ writes `../parity/NAME.json`:
   with the BOS token where the tokenizer adds it), and the greedy continuation of 64 tokens: at each
   step the most probable token, its log-probability and the runner-up's. Generation does not stop at
   an end token, so that all continuations are of one length.
+- `texts`: the texts of `difficult.py` with their ids, control tokens as plain characters and parsed.
 - `perplexity`: `exp` of the mean negative log-likelihood over the text. The `text` of the file's
   rows, in order, is tokenised row by row without special tokens and joined; the ids are cut into
   consecutive windows of 512 positions (511 and the BOS token where the tokenizer adds it) until
@@ -29,8 +30,10 @@ from pathlib import Path
 
 import gguf
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from difficult import TEXTS
 
 STEPS = 64
 WINDOW = 512
@@ -74,7 +77,8 @@ def sha256(path):
 
 def load_tokenizer(path):
     """The checkpoint's tokenizer. `transformers` does not read `tokenizer.ggml.pre`, which says how a
-    text is cut before merging; where its default is not that of the published tokenizer, it is set."""
+    text is composed and cut before merging; where its default is not that of the published tokenizer, it
+    is set."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     field = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
@@ -82,12 +86,26 @@ def load_tokenizer(path):
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ])
+    if field is not None and field.contents() == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def adds_bos(tokenizer):
     ids = tokenizer("a").input_ids
     return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def difficult(tokenizer):
+    """Ids of the difficult texts, by the backend: no marker of ours is put around them."""
+    backend, found = tokenizer.backend_tokenizer, []
+    for text in TEXTS:
+        backend.encode_special_tokens = True
+        as_text = backend.encode(text, add_special_tokens=False).ids
+        backend.encode_special_tokens = False
+        parsed = backend.encode(text, add_special_tokens=False).ids
+        found.append({"text": text, "as_text": as_text, "parsed": parsed})
+    return found
 
 
 def greedy(model, ids):
@@ -144,6 +162,20 @@ def perplexity(model, tokenizer, path, bos):
     }
 
 
+def write(record, path):
+    """JSON with lists of numbers on one line each."""
+    compact = []
+    for line in json.dumps(record, ensure_ascii=True, indent=1).split("\n"):
+        bare = line.strip()
+        number = bare.rstrip(",").lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit()
+        if compact and (number or bare in ("]", "],")) and compact[-1][-1] not in "{}":
+            compact[-1] += bare + (" " if bare.endswith(",") and bare != "]," else "")
+        else:
+            compact.append(line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(line.rstrip() for line in compact) + "\n")
+
+
 def main():
     args = argparse.ArgumentParser()
     args.add_argument("model", type=Path)
@@ -177,19 +209,11 @@ def main():
         "architecture": model.config.model_type,
         "chat": chat,
         "prompts": found,
+        "texts": difficult(tokenizer),
         "perplexity": scored,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, ensure_ascii=False, indent=1)
-    # Lists of numbers on one line each.
-    compact = []
-    for line in text.split("\n"):
-        bare = line.strip()
-        if compact and (bare.rstrip(",").lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit() or bare in ("]", "],")) and compact[-1][-1] not in "{}":
-            compact[-1] += bare + (" " if bare.endswith(",") and bare != "]," else "")
-        else:
-            compact.append(line)
-    (args.out / f"{args.name}.json").write_text("\n".join(l.rstrip() for l in compact) + "\n")
+    write(record, args.out / f"{args.name}.json")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,7 @@ fn llama_cpp(args: &Lm) -> anyhow::Result<Value> {
 }
 
 /// The last line of a program's standard output, as JSON.
-fn last_line(mut command: Command, program: &Path) -> anyhow::Result<Value> {
+pub fn last_line(mut command: Command, program: &Path) -> anyhow::Result<Value> {
     let name = program.display();
     let output = command
         .output()
@@ -130,7 +130,7 @@ pub fn median(values: &mut [f64]) -> f64 {
 }
 
 /// The processor's name, where the system tells it.
-fn cpu() -> Option<String> {
+pub fn cpu() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = info.lines().find(|l| l.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())

@@ -6,17 +6,24 @@
 //!
 //! | module | job |
 //! | --- | --- |
-//! | [`llama_cpp`] | llama.cpp through `llama-cpp-2`, as an engine |
+//! | `llama_cpp` | llama.cpp through `llama-cpp-2`, as an engine (feature `llama`) |
+//! | [`sae`] | sparsify's training step, in Python |
 //! | [`compare`] | rounds, medians, ratios |
+//! | [`parity`] | how far llama.cpp is from the golden continuations |
 
 mod compare;
+#[cfg(feature = "llama")]
 mod llama_cpp;
+#[cfg(feature = "llama")]
+mod parity;
+mod sae;
 
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
 /// What is fed, the same for every engine (`demur_model::generate::bench`).
+#[cfg(feature = "llama")]
 mod load {
     /// Tokens of the prompt.
     pub const PROMPT: usize = 512;
@@ -55,7 +62,45 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// How far llama.cpp is from `testdata/parity/NAME.json`, as JSON.
+    #[cfg(feature = "llama")]
+    Parity {
+        /// The GGUF file.
+        #[arg(long)]
+        model: PathBuf,
+        /// The golden file.
+        #[arg(long)]
+        golden: PathBuf,
+        /// Threads.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+    },
+    /// The training step of a TopK SAE: demur and sparsify on PyTorch, f32 and bf16 autocast.
+    Sae {
+        /// `d_model x d_sae : batch`; may be repeated.
+        #[arg(long = "shape", default_values = ["896x7168:4096", "3072x24576:1024"])]
+        shapes: Vec<sae::Shape>,
+        /// Latents active at once.
+        #[arg(long, default_value_t = 32)]
+        k: usize,
+        /// The `demur` binary.
+        #[arg(long, default_value = "demur")]
+        demur: PathBuf,
+        /// A Python with torch and eai-sparsify.
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+        /// Rounds; each runs every engine once.
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// Threads of each engine; all cores unless given.
+        #[arg(long)]
+        threads: Option<usize>,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
     /// One measurement of llama.cpp in this process, as JSON.
+    #[cfg(feature = "llama")]
     LlamaCpp {
         /// The GGUF file.
         #[arg(long)]
@@ -75,10 +120,7 @@ fn main() -> anyhow::Result<()> {
             threads,
             json,
         } => {
-            let threads = match threads {
-                Some(n) => n,
-                None => std::thread::available_parallelism()?.get(),
-            };
+            let threads = threads_or_all(threads)?;
             compare::lm(&compare::Lm {
                 model,
                 demur,
@@ -87,9 +129,43 @@ fn main() -> anyhow::Result<()> {
                 json,
             })
         }
+        #[cfg(feature = "llama")]
+        Command::Parity {
+            model,
+            golden,
+            threads,
+        } => {
+            println!("{}", parity::llama_cpp(&model, &golden, threads)?);
+            Ok(())
+        }
+        Command::Sae {
+            shapes,
+            k,
+            demur,
+            python,
+            rounds,
+            threads,
+            json,
+        } => sae::sae(&sae::Sae {
+            shapes,
+            k,
+            demur,
+            python,
+            rounds,
+            threads: threads_or_all(threads)?,
+            json,
+        }),
+        #[cfg(feature = "llama")]
         Command::LlamaCpp { model, threads } => {
             println!("{}", llama_cpp::measure(&model, threads)?);
             Ok(())
         }
     }
+}
+
+fn threads_or_all(threads: Option<usize>) -> anyhow::Result<usize> {
+    Ok(match threads {
+        Some(n) => n,
+        None => std::thread::available_parallelism()?.get(),
+    })
 }

@@ -8,6 +8,7 @@ mod fetch;
 mod loaded;
 mod progress;
 mod report;
+mod resident;
 mod study;
 
 use std::process::ExitCode;
@@ -57,7 +58,9 @@ enum Command {
     Sae(cmd::sae::Args),
     /// List the features that a study found, or show one.
     Features(cmd::features::Args),
-    /// Check a steering plan, or say in words what it does.
+    /// Train a gate, or see what one makes of prompts.
+    Gate(cmd::gate::Args),
+    /// Check a steering plan, say in words what it does, or compare two.
     Plan(cmd::plan::Args),
     /// Measure speed on this machine.
     Bench(cmd::bench::Args),
@@ -96,6 +99,7 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
         Command::Harvest(args) => cmd::harvest::run(args),
         Command::Sae(args) => cmd::sae::run(args),
         Command::Features(args) => cmd::features::run(args),
+        Command::Gate(args) => cmd::gate::run(args),
         Command::Plan(args) => cmd::plan::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Completions(args) => {

@@ -1,7 +1,7 @@
 //! Prompts: what demur ships, and files of the same layout.
 //!
 //! JSONL, plain or gzipped, one object a line with `id`, `prompt`, and where known `label`,
-//! `category`, `split`, `pair`. Labels `safe`/`unsafe` and `harmless`/`harmful` mean the same. Other
+//! `category`, `style`, `split`, `pair`. Labels `safe`/`unsafe` and `harmless`/`harmful` mean the same. Other
 //! keys are ignored: public data sets carry many.
 
 use std::collections::{HashMap, HashSet};
@@ -34,9 +34,9 @@ pub enum Label {
 pub enum Split {
     /// The SAE's training text.
     Corpus,
-    /// Finding candidates.
+    /// Finding candidates, training gates.
     Discovery,
-    /// Choosing latents and values.
+    /// Choosing latents, values and thresholds.
     Validation,
     /// Reported once.
     Test,
@@ -55,6 +55,9 @@ pub struct Prompt {
     /// Kind of harm or task.
     #[serde(default)]
     pub category: Option<String>,
+    /// How it is put: a question, an order, a story's frame.
+    #[serde(default)]
+    pub style: Option<String>,
     /// What it is for.
     #[serde(default)]
     pub split: Option<Split>,
@@ -77,8 +80,12 @@ pub struct Passage {
 
 /// Pairs of unsafe requests and safe look-alikes, in 12 categories of harm.
 const PAIRS: &str = include_str!("../data/pairs.jsonl");
+/// More such pairs, in nine styles; six of their 18 categories are in no discovery split.
+const STYLED: &str = include_str!("../data/styled.jsonl");
 /// Ordinary requests.
 const BENIGN: &str = include_str!("../data/benign.jsonl");
+/// More ordinary requests, in the styles of the pairs.
+const INSTRUCTIONS: &str = include_str!("../data/instructions.jsonl");
 /// Plain text.
 const PASSAGES: &str = include_str!("../data/passages.jsonl");
 
@@ -88,6 +95,29 @@ const PASSAGES: &str = include_str!("../data/passages.jsonl");
 /// None, in a build whose tests passed.
 pub fn shipped_pairs() -> Result<Vec<Prompt>, EvalError> {
     parse("pairs.jsonl", PAIRS.as_bytes(), |p: &Prompt| &p.id)
+}
+
+/// The pairs in many styles that demur ships, for gates: what tells a request from its look-alike
+/// must not be its style. The categories `animal_cruelty`, `exploitation`, `extremism` and
+/// `obstruction` are in the test split only, `impersonation` and `sabotage` in the validation split
+/// only: they show what a gate makes of harms that it was not trained on.
+///
+/// # Errors
+/// As [`shipped_pairs`].
+pub fn shipped_styled() -> Result<Vec<Prompt>, EvalError> {
+    parse("styled.jsonl", STYLED.as_bytes(), |p: &Prompt| &p.id)
+}
+
+/// The ordinary requests in many styles that demur ships, for gates.
+///
+/// # Errors
+/// As [`shipped_pairs`].
+pub fn shipped_instructions() -> Result<Vec<Prompt>, EvalError> {
+    parse(
+        "instructions.jsonl",
+        INSTRUCTIONS.as_bytes(),
+        |p: &Prompt| &p.id,
+    )
 }
 
 /// The ordinary requests that demur ships.
@@ -129,9 +159,7 @@ pub fn disjoint<'a>(
 ) -> Result<(), EvalError> {
     let mut seen: HashMap<String, &Prompt> = HashMap::new();
     for p in prompts.into_iter().filter(|p| p.split.is_some()) {
-        let words: Vec<&str> = p.prompt.split_whitespace().collect();
-        let text = words.join(" ").to_lowercase();
-        let text = text.trim_end_matches(['.', '!', '?', ' ']).to_owned();
+        let text = normalised(&p.prompt);
         match seen.get(&text) {
             Some(other) if (other.split, other.label) != (p.split, p.label) => {
                 return Err(EvalError::TwoSplits {
@@ -147,6 +175,13 @@ pub fn disjoint<'a>(
         }
     }
     Ok(())
+}
+
+/// A text but for case, white space and the mark at its end.
+fn normalised(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let text = words.join(" ").to_lowercase();
+    text.trim_end_matches(['.', '!', '?', ' ']).to_owned()
 }
 
 /// Parses JSONL; `id` gives a row's id, which must be unique.
@@ -207,6 +242,62 @@ mod tests {
         assert!(shipped_passages().unwrap().len() >= 16);
     }
 
+    #[test]
+    fn styled_prompts_are_whole() {
+        let (pairs, styled) = (shipped_pairs().unwrap(), shipped_styled().unwrap());
+        let (benign, instructions) = (shipped_benign().unwrap(), shipped_instructions().unwrap());
+        let count = |rows: &[Prompt], split| rows.iter().filter(|p| p.split == Some(split)).count();
+        let splits = [
+            Split::Discovery,
+            Split::Validation,
+            Split::Test,
+            Split::Corpus,
+        ];
+        assert_eq!(splits.map(|s| count(&styled, s)), [360, 192, 264, 0]);
+        assert_eq!(splits.map(|s| count(&instructions, s)), [181, 61, 61, 0]);
+        // a pair has two sides, alike in all but the label
+        let mut sides: HashMap<u32, Vec<&Prompt>> = HashMap::new();
+        for p in &styled {
+            sides.entry(p.pair.unwrap()).or_default().push(p);
+        }
+        for side in sides.values() {
+            let [a, b] = side[..] else {
+                panic!("{side:?}");
+            };
+            assert_eq!((a.label, b.label), (Some(Label::Unsafe), Some(Label::Safe)));
+            assert_eq!(
+                (a.split, &a.category, &a.style),
+                (b.split, &b.category, &b.style)
+            );
+        }
+        // every known category is in every split, every new one in one split only
+        let old: HashSet<_> = pairs.iter().map(|p| &p.category).collect();
+        let mut found: HashMap<_, HashMap<Split, usize>> = HashMap::new();
+        for p in &styled {
+            let by_split = found.entry(&p.category).or_default();
+            *by_split.entry(p.split.unwrap()).or_default() += 1;
+        }
+        assert_eq!(found.len(), 18);
+        for (category, by_split) in &found {
+            let n = |split| by_split.get(&split).copied().unwrap_or_default();
+            let counts = (n(Split::Discovery), n(Split::Validation), n(Split::Test));
+            let expected = match old.contains(category) {
+                true => counts == (30, 10, 10),
+                false => [(0, 36, 0), (0, 0, 36)].contains(&counts),
+            };
+            assert!(expected, "{category:?}: {counts:?}");
+        }
+        let styles: HashSet<_> = styled.iter().map(|p| (&p.style, p.split)).collect();
+        assert_eq!(styles.len(), 9 * 3, "every style in every split");
+        // no text comes twice, in whatever file, and no id
+        let files = [&pairs, &styled, &benign, &instructions];
+        let all: Vec<&Prompt> = files.into_iter().flatten().collect();
+        disjoint("shipped", all.iter().copied()).unwrap();
+        let texts: HashSet<_> = all.iter().map(|p| normalised(&p.prompt)).collect();
+        let ids: HashSet<_> = all.iter().map(|p| &p.id).collect();
+        assert_eq!((texts.len(), ids.len()), (all.len(), all.len()));
+    }
+
     #[track_caller]
     fn refused(text: &str, expect: &str) {
         let e = parse("f", text.as_bytes(), |p: &Prompt| &p.id)
@@ -236,6 +327,7 @@ mod tests {
             prompt: text.to_owned(),
             label: Some(label),
             category: None,
+            style: None,
             split,
             pair: None,
         };

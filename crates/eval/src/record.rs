@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use demur_features::gate::{Detection, Report};
 use demur_features::stats::Estimate;
 use demur_features::table::Feature;
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use crate::judge::Verdict;
 use crate::prompts::{Label, Split};
 
 /// Version of the layout.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Everything that a study found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +35,9 @@ pub struct Record {
     pub model: ModelFacts,
     pub sae: SaeFacts,
     pub splits: Vec<SplitCount>,
+    /// The gate, if an arm has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateFacts>,
     pub discovery: Discovery,
     pub tune: Tune,
     pub plan: Value,
@@ -104,13 +108,25 @@ pub struct SaeFacts {
     /// Tokens that it was trained on, if known.
     pub trained_on_tokens: Option<u64>,
     /// On held-out chats.
-    pub chat: Option<demur_sae::metrics::Quality>,
+    pub chat: Option<HeldOut>,
     /// On held-out text.
-    pub text: Option<demur_sae::metrics::Quality>,
-    /// `fvu` and `l0` on the suites `chat` and `text`, with intervals over sequences.
-    pub metrics: Vec<Metric>,
+    pub text: Option<HeldOut>,
     /// The training curve, if this study trained it.
     pub curve: Vec<CurvePoint>,
+}
+
+/// An SAE's quality on sequences that it was not trained on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeldOut {
+    /// Rows counted.
+    pub n_tokens: usize,
+    /// Fraction of variance unexplained, with an interval over sequences: tokens of one are not
+    /// independent.
+    pub fvu: Estimate,
+    /// Active latents a row, with an interval over sequences.
+    pub l0: Estimate,
+    /// Fraction of latents that are never active.
+    pub dead: f64,
 }
 
 /// A point of the training curve.
@@ -131,6 +147,23 @@ pub struct SplitCount {
     pub split: Split,
     pub r#unsafe: usize,
     pub safe: usize,
+}
+
+/// A trained gate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct GateFacts {
+    /// Latents that it reads.
+    pub latents: usize,
+    pub site: String,
+    pub in_words: String,
+    /// On the prompts that it was chosen on.
+    pub validation: Report,
+    pub test: Report,
+    /// A probe on the raw residual, trained and chosen the same way, on the test prompts.
+    pub residual_test: Detection,
+    /// The cosine condition of CAST, on the test prompts.
+    pub condition_test: Detection,
 }
 
 /// What discovery found.
@@ -240,6 +273,8 @@ pub struct ArmReply {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct VerdictText {
+    /// The arm that the headline is about; none if no steered arm was measured.
+    pub arm: Option<String>,
     pub headline: String,
     pub lines: Vec<String>,
     /// Some steered arm refuses more unsafe prompts than base, with intervals that don't overlap.
@@ -259,6 +294,21 @@ pub struct Row<'a> {
     pub n: usize,
 }
 
+impl<'a> Row<'a> {
+    fn new(arm: &'a str, suite: &'a str, metric: &'a str, estimate: Estimate) -> Self {
+        let Estimate { value, lo, hi, n } = estimate;
+        Self {
+            arm,
+            suite,
+            metric,
+            value,
+            lo,
+            hi,
+            n,
+        }
+    }
+}
+
 impl ArmResult {
     /// The estimate of `metric`, if it was measured.
     pub fn estimate(&self, metric: &str) -> Option<Estimate> {
@@ -272,20 +322,18 @@ impl ArmResult {
 impl Record {
     /// All figures as rows; the SAE's own are those of its passthrough.
     pub fn rows(&self) -> Vec<Row<'_>> {
-        let arms = self.arms.iter().map(|a| (a.arm.as_str(), &a.metrics));
-        arms.chain([("sae_passthrough", &self.sae.metrics)])
-            .flat_map(|(arm, metrics)| {
-                metrics.iter().map(move |m| Row {
-                    arm,
-                    suite: &m.suite,
-                    metric: &m.metric,
-                    value: m.estimate.value,
-                    lo: m.estimate.lo,
-                    hi: m.estimate.hi,
-                    n: m.estimate.n,
-                })
-            })
-            .collect()
+        let of_arms = self.arms.iter().flat_map(|a| {
+            let metrics = a.metrics.iter();
+            metrics.map(|m| Row::new(&a.arm, &m.suite, &m.metric, m.estimate))
+        });
+        let of_sae = [("chat", &self.sae.chat), ("text", &self.sae.text)]
+            .into_iter()
+            .filter_map(|(suite, q)| Some((suite, q.as_ref()?)))
+            .flat_map(|(suite, q)| {
+                [("fvu", q.fvu), ("l0", q.l0)]
+                    .map(|(metric, e)| Row::new("sae_passthrough", suite, metric, e))
+            });
+        of_arms.chain(of_sae).collect()
     }
 
     /// Reads a record.
@@ -343,6 +391,7 @@ pub fn verdict(arms: &[ArmResult], steered: &[&str]) -> VerdictText {
     };
     let Some((base_unsafe, base_safe)) = arms.first().and_then(pick) else {
         return VerdictText {
+            arm: None,
             headline: "No refusal was measured".to_owned(),
             lines: Vec::new(),
             improved: false,
@@ -355,6 +404,7 @@ pub fn verdict(arms: &[ArmResult], steered: &[&str]) -> VerdictText {
         .max_by(|(_, a), (_, b)| (a.0.value - a.1.value).total_cmp(&(b.0.value - b.1.value)));
     let Some((arm, (on_unsafe, on_safe))) = best else {
         return VerdictText {
+            arm: None,
             headline: "No steered arm was run".to_owned(),
             lines: vec![format!(
                 "Base refuses {} of the unsafe prompts.",
@@ -413,6 +463,7 @@ pub fn verdict(arms: &[ArmResult], steered: &[&str]) -> VerdictText {
         ));
     }
     VerdictText {
+        arm: Some(arm.arm.clone()),
         headline,
         lines,
         improved,
@@ -467,6 +518,7 @@ mod tests {
         ];
         let v = verdict(&arms, &["clamp", "gated"]);
         assert!(v.headline.starts_with("gated"), "{}", v.headline);
+        assert_eq!(v.arm.as_deref(), Some("gated"));
         assert!(!verdict(&arms[..1], &["clamp"]).improved);
     }
 }

@@ -1,8 +1,8 @@
 //! Contrasts: which latents tell two groups of prompts apart.
 //!
 //! Each prompt is summarised by the largest activation of every latent over a window of its tokens.
-//! Per latent: the difference of the groups' means, AUROC, and a Mann-Whitney test whose p values
-//! are adjusted over all latents that fire at all (Benjamini-Hochberg). Latents that are active on
+//! Per latent: the difference of the groups' means, AUROC, and a test, Wilcoxon's on the differences
+//! if the groups are paired and Mann-Whitney's if not, whose p values are adjusted over all latents that fire at all (Benjamini-Hochberg). Latents that are active on
 //! more than `max_density` of the harvest are set aside: they say nothing about a request.
 
 use crate::error::FeatureError;
@@ -14,6 +14,15 @@ pub type PromptSummary = Vec<f32>;
 
 /// Fewest prompts on each side of a contrast.
 pub const MIN_GROUP: usize = 4;
+
+/// How two groups belong together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Design {
+    /// They are just two groups.
+    Groups,
+    /// Member `i` of the one is the look-alike of member `i` of the other.
+    Pairs,
+}
 
 /// Compares two groups, latent by latent.
 ///
@@ -29,6 +38,7 @@ pub fn contrast(
     name: &'static str,
     positive: &[&PromptSummary],
     negative: &[&PromptSummary],
+    design: Design,
     density: &[f64],
     max_density: f64,
 ) -> Result<Vec<(u32, ContrastEvidence)>, FeatureError> {
@@ -55,7 +65,13 @@ pub fn contrast(
             continue;
         }
         let (mean_pos, mean_neg) = (mean(&pos), mean(&neg));
-        p_values.push(stats::mann_whitney(&pos, &neg).p);
+        p_values.push(match design {
+            Design::Groups => stats::mann_whitney(&pos, &neg).p,
+            Design::Pairs => {
+                let both = pos.iter().zip(&neg);
+                stats::wilcoxon(&both.map(|(a, b)| a - b).collect::<Vec<_>>())
+            }
+        });
         found.push((
             j as u32,
             ContrastEvidence {
@@ -64,6 +80,7 @@ pub fn contrast(
                 diff: mean_pos - mean_neg,
                 auroc: stats::auroc(&pos, &neg),
                 q: 1.0,
+                paired: design == Design::Pairs,
             },
         ));
     }
@@ -92,7 +109,7 @@ mod tests {
             .map(|i| vec![i as f32 * 0.1, 1.0, 0.0, 0.0])
             .collect();
         let (p, n): (Vec<_>, Vec<_>) = (positive.iter().collect(), negative.iter().collect());
-        let found = contrast("test", &p, &n, &[0.1, 0.1, 0.0, 0.9], 0.5).unwrap();
+        let found = contrast("test", &p, &n, Design::Groups, &[0.1, 0.1, 0.0, 0.9], 0.5).unwrap();
         assert_eq!(found.iter().map(|f| f.0).collect::<Vec<_>>(), [0, 1]);
         let best = &found[0].1;
         assert_eq!((best.mean_pos, best.auroc), (4.0, 1.0));
@@ -102,11 +119,26 @@ mod tests {
     }
 
     #[test]
+    fn pairs_tell_what_groups_do_not() {
+        // Pairs differ far more from each other than the two sides of a pair do.
+        let positive: Vec<PromptSummary> = (0..12).map(|i| vec![i as f32 * 10.0 + 2.0]).collect();
+        let negative: Vec<PromptSummary> = (0..12).map(|i| vec![i as f32 * 10.0 + 1.0]).collect();
+        let (p, n): (Vec<_>, Vec<_>) = (positive.iter().collect(), negative.iter().collect());
+        let q = |design| {
+            contrast("test", &p, &n, design, &[0.1], 1.0).unwrap()[0]
+                .1
+                .q
+        };
+        assert!(q(Design::Groups) > 0.5);
+        assert!(q(Design::Pairs) < 0.01);
+    }
+
+    #[test]
     fn too_few_is_an_error() {
         let row = vec![1.0];
         let group = vec![&row; 3];
         assert!(matches!(
-            contrast("test", &group, &group, &[0.0], 1.0),
+            contrast("test", &group, &group, Design::Groups, &[0.0], 1.0),
             Err(FeatureError::TooFew { positive: 3, .. })
         ));
     }

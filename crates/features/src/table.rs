@@ -71,8 +71,11 @@ pub struct ContrastEvidence {
     pub diff: f64,
     /// Probability that a member of the first group exceeds one of the second; ties count half.
     pub auroc: f64,
-    /// Mann-Whitney p value, adjusted over all latents tested (Benjamini-Hochberg).
+    /// p value, adjusted over all latents tested (Benjamini-Hochberg).
     pub q: f64,
+    /// Whether it is Wilcoxon's, of pairs; else Mann-Whitney's.
+    #[serde(default)]
+    pub paired: bool,
 }
 
 /// What a clamp of this latent alone does.

@@ -10,13 +10,19 @@
 //! | [`linear`] | `y = x Wᵀ + b` with weights packed once |
 //! | [`attention`] | causal attention over ragged caches |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
+//! | [`encoder`] | product and top-k of an autoencoder's encoder in one pass, bf16 or f32 |
+//! | [`element`] | rows of bf16 or f32, gathered and summed |
+//! | [`adam`] | the optimiser's step |
 //! | [`sparse`] | top-k codes and the sparse decoder of autoencoders |
 //! | [`gemm`] | dense f32 products, over the `gemm` crate |
 //! | [`pool`] | parallel loops of a few microseconds |
 //! | [`mmap`] | read-only memory maps |
 
+pub mod adam;
 pub mod attention;
 pub mod dispatch;
+pub mod element;
+pub mod encoder;
 mod error;
 pub mod gemm;
 pub mod linear;

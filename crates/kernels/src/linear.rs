@@ -22,6 +22,12 @@ thread_local! {
     static ACTIVATIONS: std::cell::Cell<Activations> = std::cell::Cell::default();
 }
 
+/// Bytes of a matrix that are packed between two calls of `read`.
+pub(crate) const READ_AHEAD: usize = 16 << 20;
+
+/// Bytes of weights that a task keeps in its cache.
+pub(crate) const L2_WEIGHTS: usize = 384 << 10;
+
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
@@ -51,6 +57,9 @@ enum Weights {
 impl Linear {
     /// Packs `out_features` rows of `in_features` values of type `ty`.
     ///
+    /// `read` is called after each part of `bytes`: whoever maps a file can give back the memory of
+    /// what was read so far, so that a matrix is never in memory twice.
+    ///
     /// # Errors
     /// [`KernelError::Block`] or [`KernelError::Length`] if `bytes` is not such a matrix.
     pub fn from_rows(
@@ -59,6 +68,7 @@ impl Linear {
         out_features: usize,
         in_features: usize,
         precision: Precision,
+        mut read: impl FnMut(),
     ) -> Result<Self, KernelError> {
         let block = KernelError::Block {
             type_name: ty.name(),
@@ -74,23 +84,32 @@ impl Linear {
                 expected,
             });
         }
-        let words = || {
-            bytes
-                .chunks_exact(2)
-                .map(|b| u16::from_le_bytes([b[0], b[1]]))
-                .collect()
+        let part = (READ_AHEAD / row.max(1)).max(1) * row.max(1);
+        let mut words = || {
+            let mut words = Vec::with_capacity(bytes.len() / 2);
+            for bytes in bytes.chunks(part) {
+                let pairs = bytes.as_chunks::<2>().0.iter();
+                words.extend(pairs.map(|b| u16::from_le_bytes(*b)));
+                read();
+            }
+            words
         };
         let weights = match (ty, precision) {
             (GgmlType::F16, Precision::Fast) => Weights::F16(words()),
             (GgmlType::BF16, Precision::Fast) => Weights::Bf16(words()),
             (ty, Precision::Fast) if ty.is_quantised() && in_features.is_multiple_of(BLOCK) => {
-                Weights::Packed(Packed::new(ty, bytes, out_features, in_features))
+                Weights::Packed(Packed::new(ty, bytes, out_features, in_features, read))
             }
             _ => {
                 let mut w = vec![0.0; out_features * in_features];
-                w.par_chunks_mut(in_features.max(1))
-                    .zip(bytes.par_chunks(row.max(1)))
-                    .try_for_each(|(w, bytes)| dequantize_row(ty, bytes, w))?;
+                let columns = in_features.max(1);
+                let parts = w.chunks_mut(part / row.max(1) * columns);
+                for (w, bytes) in parts.zip(bytes.chunks(part)) {
+                    w.par_chunks_mut(columns)
+                        .zip(bytes.par_chunks(row.max(1)))
+                        .try_for_each(|(w, bytes)| dequantize_row(ty, bytes, w))?;
+                    read();
+                }
                 Weights::F32(w)
             }
         };
@@ -156,6 +175,14 @@ impl Linear {
         forward_all(x, n, [Output { linear, bias, y }]);
     }
 
+    /// Bytes of a weight of a type that is not packed.
+    fn element(&self) -> usize {
+        match self.weights {
+            Weights::F32(_) => 4,
+            _ => 2,
+        }
+    }
+
     /// Outputs per task and number of tasks for `n` rows: a task should be worth some ten
     /// microseconds.
     fn split(&self, n: usize) -> (usize, usize) {
@@ -163,7 +190,16 @@ impl Linear {
             return p.split(n);
         }
         let pairs = self.out_features.div_ceil(2);
-        let group = (100_000 / (2 * self.in_features * n).max(1)).max(1);
+        // With many rows a task's weights are read again for each tile of them: from the L2 cache.
+        let fit = L2_WEIGHTS / (2 * self.in_features * self.element()).max(1);
+        let enough = 100_000 / (2 * self.in_features * n.min(64)).max(1);
+        let even = pairs / (4 * crate::threads());
+        let group = if n == 1 {
+            enough
+        } else {
+            enough.max(even.min(fit))
+        }
+        .max(1);
         (group, pairs.div_ceil(group))
     }
 
@@ -200,17 +236,18 @@ impl Linear {
         out: Shared,
     ) {
         let (k, m) = (self.in_features, self.out_features);
-        for pair in pairs.start..pairs.end.min(m.div_ceil(2)) {
-            let rows = (m - 2 * pair).min(2);
-            let w0 = &w[2 * pair * k..(2 * pair + 1) * k];
-            let w1 = if rows == 2 {
-                &w[(2 * pair + 1) * k..(2 * pair + 2) * k]
-            } else {
-                w0
-            };
-            for first in (0..x.n).step_by(4) {
-                let tile = (x.n - first).min(4);
-                let row = |t: usize| &x.x[(first + t.min(tile - 1)) * k..][..k];
+        let pairs = pairs.start..pairs.end.min(m.div_ceil(2));
+        for first in (0..x.n).step_by(4) {
+            let tile = (x.n - first).min(4);
+            let row = |t: usize| &x.x[(first + t.min(tile - 1)) * k..][..k];
+            for pair in pairs.clone() {
+                let rows = (m - 2 * pair).min(2);
+                let w0 = &w[2 * pair * k..(2 * pair + 1) * k];
+                let w1 = if rows == 2 {
+                    &w[(2 * pair + 1) * k..(2 * pair + 2) * k]
+                } else {
+                    w0
+                };
                 let sums = dots([w0, w1], [row(0), row(1), row(2), row(3)], tile);
                 for (r, sums) in sums.iter().enumerate().take(rows) {
                     let o = 2 * pair + r;

@@ -10,6 +10,7 @@
 //! The crate knows activations, not tokens. Numbers are f32; files may be f16.
 #![forbid(unsafe_code)]
 
+pub mod activations;
 mod error;
 pub mod metrics;
 pub mod saelens;

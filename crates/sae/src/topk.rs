@@ -162,7 +162,6 @@ impl Sae {
             k,
             &mut codes.idx,
             &mut codes.val,
-            |_, _| {},
         );
         codes
     }
@@ -216,10 +215,10 @@ fn select(pre: &[f32], top: &mut Vec<(u32, f32)>, idx: &mut [u32], val: &mut [f3
     }
 }
 
-/// Encodes in tiles; `see(first_row, pre_acts)` gets each tile of pre-activations, `[rows, d_sae]`.
+/// Encodes in tiles of rows.
 ///
 /// A row's product does not depend on its tile: tiles have a fixed size and the last is padded.
-pub(crate) fn encode_tiles(
+fn encode_tiles(
     w_enc_t: &[f32],
     b_enc: &[f32],
     b_dec: &[f32],
@@ -227,16 +226,14 @@ pub(crate) fn encode_tiles(
     k: usize,
     idx: &mut [u32],
     val: &mut [f32],
-    see: impl Fn(usize, &[f32]) + Sync,
 ) {
     let (d, m) = (b_dec.len(), b_enc.len());
     x.par_chunks(TILE * d)
         .zip(idx.par_chunks_mut(TILE * k))
         .zip(val.par_chunks_mut(TILE * k))
-        .enumerate()
         .for_each_init(
             || (vec![0.0f32; TILE * d], vec![0.0f32; TILE * m], Vec::new()),
-            |(centred, pre, top), (tile, ((x, idx), val))| {
+            |(centred, pre, top), ((x, idx), val)| {
                 let rows = x.len() / d;
                 centred[rows * d..].fill(0.0);
                 for (c, x) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
@@ -265,7 +262,6 @@ pub(crate) fn encode_tiles(
                     }
                     select(pre, top, idx, val);
                 }
-                see(tile * TILE, &pre[..rows * m]);
             },
         );
 }

@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use demur_model::hooks::{Intervention, InterventionState, Rows, Site};
-use demur_sae::{Codes, Sae};
-use serde_json::{Value, json};
+use demur_model::hooks::{Intervention, InterventionState, Site};
+use demur_sae::Sae;
 use sha2::{Digest, Sha256};
 
 use crate::error::SteeringError;
-use crate::gate::{Gate, GateState};
+use crate::gate::{Condition, Gate};
 use crate::plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, Span,
     SteeringPlan, Unit,
 };
+use crate::run::PlanState;
 
 /// An SAE at hand, with the figures that relative units need.
 #[derive(Debug, Clone)]
@@ -35,22 +35,37 @@ pub type SaeSet = BTreeMap<String, SaeEntry>;
 #[derive(Debug)]
 pub struct CompiledPlan {
     name: String,
-    interventions: Arc<[Compiled]>,
+    parts: Arc<Parts>,
     sites: Vec<Site>,
     fingerprint: [u8; 32],
 }
 
+/// What a plan is made of, with names resolved.
 #[derive(Debug)]
-struct Compiled {
-    site: Site,
-    sae: Option<Arc<Sae>>,
-    edits: Vec<(LatentEdit, f32)>, // with the value in activations
-    direction: Option<(Vec<f32>, DirectionOp, f32)>, // unit vector
-    error_term: ErrorTerm,
-    membership: Membership,
-    span: Span,
-    gate: Option<Gate>,
-    max_edit_norm: Option<f32>,
+pub(crate) struct Parts {
+    pub(crate) gates: Vec<CompiledGate>,
+    pub(crate) interventions: Vec<Compiled>,
+}
+
+#[derive(Debug)]
+pub(crate) struct CompiledGate {
+    pub(crate) name: String,
+    pub(crate) site: Site,
+    pub(crate) sae: Option<Arc<Sae>>,
+    pub(crate) gate: Gate, // its direction, if it has one, of unit norm
+}
+
+#[derive(Debug)]
+pub(crate) struct Compiled {
+    pub(crate) site: Site,
+    pub(crate) sae: Option<Arc<Sae>>,
+    pub(crate) edits: Vec<(LatentEdit, f32)>, // with the value in activations
+    pub(crate) direction: Option<(Vec<f32>, DirectionOp, f32)>, // unit vector
+    pub(crate) error_term: ErrorTerm,
+    pub(crate) membership: Membership,
+    pub(crate) span: Span,
+    pub(crate) when: Option<Condition>,
+    pub(crate) max_edit_norm: Option<f32>,
 }
 
 /// Checks `plan` against the SAEs and the model's `n_layers` and `d_model`.
@@ -77,9 +92,16 @@ pub fn compile(
             });
         }
     }
+    let mut gates = Vec::with_capacity(plan.gates.len());
     let mut interventions = Vec::with_capacity(plan.interventions.len());
     let mut hash = Sha256::new();
     hash.update(plan.sha256());
+    for (name, gate) in &plan.gates {
+        if let Some(entry) = gate.sae.as_ref().and_then(|s| saes.get(s)) {
+            hash.update(&entry.sha256);
+        }
+        gates.push(compile_gate(name, gate, saes, n_layers, d_model)?);
+    }
     for (i, spec) in plan.interventions.iter().enumerate() {
         let place = format!("interventions[{i}]");
         if let Some(entry) = spec.sae.as_ref().and_then(|s| saes.get(s)) {
@@ -89,14 +111,37 @@ pub fn compile(
                 hash.update(value.to_le_bytes());
             }
         }
-        interventions.push(compile_one(spec, saes, n_layers, d_model, &place)?);
+        let compiled = compile_one(spec, saes, n_layers, d_model, &place)?;
+        let named = spec.when.iter().flat_map(Condition::gates);
+        let late = |g: &&CompiledGate| g.site > compiled.site;
+        if let Some(gate) = named
+            .into_iter()
+            .filter_map(|name| gates.iter().find(|g| g.name == name))
+            .find(late)
+        {
+            return Err(SteeringError::LateGate {
+                place,
+                name: gate.name.clone(),
+                gate_site: gate.site.to_string(),
+                site: compiled.site.to_string(),
+            });
+        }
+        interventions.push(compiled);
     }
-    let mut sites: Vec<Site> = interventions.iter().map(|c: &Compiled| c.site).collect();
+    let of_gates = gates.iter().map(|g| g.site);
+    let mut sites: Vec<Site> = interventions
+        .iter()
+        .map(|c: &Compiled| c.site)
+        .chain(of_gates)
+        .collect();
     sites.sort_unstable();
     sites.dedup();
     Ok(CompiledPlan {
         name: plan.name.clone(),
-        interventions: interventions.into(),
+        parts: Arc::new(Parts {
+            gates,
+            interventions,
+        }),
         sites,
         fingerprint: hash.finalize().into(),
     })
@@ -109,66 +154,117 @@ fn compile_one(
     d_model: usize,
     place: &str,
 ) -> Result<Compiled, SteeringError> {
-    let site_error = |reason: String| SteeringError::Site {
-        place: place.to_owned(),
-        reason,
-    };
-    let site: Site = spec.site.parse().map_err(|e| site_error(format!("{e}")))?;
-    if site.layer >= n_layers {
-        return Err(site_error(format!(
-            "site {site} is beyond the model's last layer, {}",
-            n_layers.saturating_sub(1)
-        )));
-    }
-    let width = |what: String, found: usize| {
-        if found == d_model {
-            Ok(())
-        } else {
-            Err(SteeringError::Width {
-                place: place.to_owned(),
-                what,
-                found,
-                expected: d_model,
-            })
-        }
-    };
+    let site = resolve_site(&spec.site, n_layers, place)?;
     let (mut sae, mut values) = (None, Vec::new());
     if let Some(name) = &spec.sae {
         let entry = entry(saes, name, place)?;
-        width(format!("SAE '{name}'"), entry.sae.d_model())?;
-        let latents = spec.edits.iter().map(|e| e.latent);
-        let read = spec
-            .gate
-            .iter()
-            .flat_map(|g| g.weights.iter().map(|w| w.latent));
-        if let Some(latent) = latents
-            .chain(read)
-            .find(|&j| j as usize >= entry.sae.d_sae())
-        {
-            return Err(SteeringError::LatentOutOfRange {
-                place: place.to_owned(),
-                latent,
-                sae: name.clone(),
-                d_sae: entry.sae.d_sae(),
-            });
-        }
+        let edited = spec.edits.iter().map(|e| e.latent);
+        check_sae(name, entry, edited, d_model, place)?;
         values = absolute_values(spec, entry, place)?;
         sae = Some(Arc::clone(&entry.sae));
     }
     if let Some(d) = &spec.direction {
-        width(format!("direction '{}'", d.name), d.vector.len())?;
+        let what = format!("direction '{}'", d.name);
+        check_width(what, d.vector.len(), d_model, place)?;
     }
     Ok(Compiled {
-        site: site.canonical(),
+        site,
         sae,
         edits: spec.edits.iter().copied().zip(values).collect(),
         direction: spec.direction.as_ref().map(unit_direction),
         error_term: spec.error_term,
         membership: spec.membership,
         span: spec.span.clone(),
-        gate: spec.gate.clone(),
+        when: spec.when.clone(),
         max_edit_norm: spec.max_edit_norm,
     })
+}
+
+fn compile_gate(
+    name: &str,
+    gate: &Gate,
+    saes: &SaeSet,
+    n_layers: usize,
+    d_model: usize,
+) -> Result<CompiledGate, SteeringError> {
+    let place = format!("gates.{name}");
+    let site = resolve_site(&gate.site, n_layers, &place)?;
+    let mut gate = gate.clone();
+    let mut sae = None;
+    if let (Some(sae_name), true) = (&gate.sae, gate.direction.is_empty()) {
+        let entry = entry(saes, sae_name, &place)?;
+        let read = gate.weights.iter().map(|w| w.latent);
+        check_sae(sae_name, entry, read, d_model, &place)?;
+        sae = Some(Arc::clone(&entry.sae));
+    }
+    if !gate.direction.is_empty() {
+        check_width(
+            "direction".to_owned(),
+            gate.direction.len(),
+            d_model,
+            &place,
+        )?;
+        let norm = gate.direction.iter().map(|v| v * v).sum::<f32>().sqrt();
+        gate.direction.iter_mut().for_each(|v| *v /= norm);
+    }
+    Ok(CompiledGate {
+        name: name.to_owned(),
+        site,
+        sae,
+        gate,
+    })
+}
+
+fn resolve_site(name: &str, n_layers: usize, place: &str) -> Result<Site, SteeringError> {
+    let site_error = |reason: String| SteeringError::Site {
+        place: place.to_owned(),
+        reason,
+    };
+    let site: Site = name.parse().map_err(|e| site_error(format!("{e}")))?;
+    if site.layer >= n_layers {
+        return Err(site_error(format!(
+            "site {site} is beyond the model's last layer, {}",
+            n_layers.saturating_sub(1)
+        )));
+    }
+    Ok(site.canonical())
+}
+
+fn check_width(
+    what: String,
+    found: usize,
+    d_model: usize,
+    place: &str,
+) -> Result<(), SteeringError> {
+    if found == d_model {
+        return Ok(());
+    }
+    Err(SteeringError::Width {
+        place: place.to_owned(),
+        what,
+        found,
+        expected: d_model,
+    })
+}
+
+fn check_sae(
+    name: &str,
+    entry: &SaeEntry,
+    mut latents: impl Iterator<Item = u32>,
+    d_model: usize,
+    place: &str,
+) -> Result<(), SteeringError> {
+    check_width(format!("SAE '{name}'"), entry.sae.d_model(), d_model, place)?;
+    let d_sae = entry.sae.d_sae();
+    match latents.find(|&j| j as usize >= d_sae) {
+        None => Ok(()),
+        Some(latent) => Err(SteeringError::LatentOutOfRange {
+            place: place.to_owned(),
+            latent,
+            sae: name.to_owned(),
+            d_sae,
+        }),
+    }
 }
 
 /// The plan with every value in activations: it needs nothing but the SAE to run.
@@ -249,7 +345,7 @@ impl Intervention for CompiledPlan {
     }
 
     fn is_empty(&self) -> bool {
-        self.interventions.is_empty()
+        self.parts.interventions.is_empty()
     }
 
     fn row_wise(&self) -> bool {
@@ -257,229 +353,6 @@ impl Intervention for CompiledPlan {
     }
 
     fn start(&self) -> Box<dyn InterventionState> {
-        Box::new(PlanState {
-            interventions: Arc::clone(&self.interventions),
-            memory: vec![Memory::default(); self.interventions.len()],
-        })
-    }
-}
-
-/// What a plan remembers of one sequence: each gate's state, and the audit.
-#[derive(Clone)]
-struct PlanState {
-    interventions: Arc<[Compiled]>,
-    memory: Vec<Memory>,
-}
-
-#[derive(Clone, Default)]
-struct Memory {
-    gate: GateState,
-    rows_edited: u64,
-    edit_norm: f64,   // sum over edited rows of |x' - x| / |x|
-    before: Vec<f64>, // sum over edited rows of each edited latent's activation
-}
-
-impl InterventionState for PlanState {
-    fn edit(&mut self, site: Site, rows: &Rows<'_>, resid: &mut [f32]) {
-        let site = site.canonical();
-        for (c, memory) in self.interventions.iter().zip(&mut self.memory) {
-            if c.site == site {
-                c.apply(memory, rows, resid);
-            }
-        }
-    }
-
-    fn audit(&self) -> Option<Value> {
-        let per: Vec<Value> = self
-            .interventions
-            .iter()
-            .zip(&self.memory)
-            .map(|(c, m)| {
-                let n = m.rows_edited.max(1) as f64;
-                let latents: Vec<Value> = c
-                    .edits
-                    .iter()
-                    .zip(&m.before)
-                    .map(|((e, value), sum)| {
-                        json!({"latent": e.latent, "op": e.op, "value": value, "mean_before": sum / n})
-                    })
-                    .collect();
-                json!({
-                    "site": c.site.to_string(),
-                    "tokens_edited": m.rows_edited,
-                    "mean_edit_norm": m.edit_norm / n,
-                    "latents": latents,
-                    "gate": c.gate.as_ref().map(|g| json!({
-                        "score": m.gate.score(g.aggregate),
-                        "open": m.gate.open,
-                        "fired": m.gate.ever_open,
-                    })),
-                })
-            })
-            .collect();
-        Some(json!({ "interventions": per }))
-    }
-
-    fn fork(&self) -> Box<dyn InterventionState> {
-        Box::new(self.clone())
-    }
-}
-
-impl Compiled {
-    /// Applies this intervention to the new rows of one sequence.
-    ///
-    /// # Shapes
-    /// `resid` is `[rows.tokens.len(), d_model]`.
-    fn apply(&self, memory: &mut Memory, rows: &Rows<'_>, resid: &mut [f32]) {
-        let n = rows.tokens.len();
-        if n == 0 {
-            return;
-        }
-        let d = resid.len() / n;
-        memory.before.resize(self.edits.len(), 0.0);
-        let reads_gate = self
-            .gate
-            .as_ref()
-            .is_some_and(|g| !rows.generated || g.during_generation);
-        let needs_codes = self.sae.as_ref().filter(|_| {
-            self.error_term == ErrorTerm::Dropped
-                || (self.membership == Membership::Exact && (reads_gate || !self.edits.is_empty()))
-        });
-        let codes = needs_codes.map(|sae| sae.encode(resid, n));
-        let read = |t: usize, latent: u32, x: &[f32]| -> f32 {
-            match (&codes, &self.sae) {
-                (Some(codes), _) if self.membership == Membership::Exact => {
-                    activation(codes, t, latent)
-                }
-                (_, Some(sae)) => sae.latent(x, latent as usize),
-                _ => 0.0,
-            }
-        };
-        if let (Some(gate), true) = (&self.gate, reads_gate) {
-            for t in (0..n).filter(|&t| gate.reads(rows.roles[t]) || rows.generated) {
-                if self.span.skip_first && rows.start_pos + t == 0 {
-                    continue;
-                }
-                let x = &resid[t * d..(t + 1) * d];
-                let score = gate
-                    .weights
-                    .iter()
-                    .fold(gate.bias, |s, w| s + w.weight * read(t, w.latent, x));
-                memory.gate.push(score);
-            }
-            memory.gate.decide(gate);
-        }
-        if self.gate.is_some() && !memory.gate.open {
-            return;
-        }
-        let reconstruction = match (&codes, &self.sae, self.error_term) {
-            (Some(codes), Some(sae), ErrorTerm::Dropped) => {
-                let mut out = vec![0.0; n * d];
-                sae.decode(codes, &mut out);
-                Some(out)
-            }
-            _ => None,
-        };
-        let mut delta = vec![0.0f32; d];
-        for t in (0..n).filter(|&t| self.covers(rows, t)) {
-            let x = &mut resid[t * d..(t + 1) * d];
-            delta.fill(0.0);
-            if let Some(sae) = &self.sae {
-                for (e, (edit, value)) in self.edits.iter().enumerate() {
-                    let f = read(t, edit.latent, x);
-                    memory.before[e] += f64::from(f);
-                    let change = change(edit.op, *value, f);
-                    if change != 0.0 {
-                        for (o, w) in delta.iter_mut().zip(sae.decoder_row(edit.latent as usize)) {
-                            *o += change * w;
-                        }
-                    }
-                }
-            }
-            if let Some((v, op, value)) = &self.direction {
-                let along = match op {
-                    DirectionOp::Add => *value,
-                    DirectionOp::Ablate => -x.iter().zip(v).map(|(a, b)| a * b).sum::<f32>(),
-                };
-                for (o, w) in delta.iter_mut().zip(v) {
-                    *o += along * w;
-                }
-            }
-            if let Some(reconstruction) = &reconstruction {
-                let x_hat = &reconstruction[t * d..(t + 1) * d];
-                for ((o, r), x) in delta.iter_mut().zip(x_hat).zip(x.iter()) {
-                    *o += r - x;
-                }
-            }
-            let norm = |v: &[f32]| v.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().sqrt();
-            let (size, mut ratio) = (norm(x), norm(&delta));
-            ratio /= size.max(f64::MIN_POSITIVE);
-            if let Some(cap) = self.max_edit_norm.map(f64::from).filter(|c| ratio > *c) {
-                let shrink = (cap / ratio) as f32;
-                delta.iter_mut().for_each(|v| *v *= shrink);
-                ratio = cap;
-            }
-            for (x, o) in x.iter_mut().zip(&delta) {
-                *x += o;
-            }
-            memory.rows_edited += 1;
-            memory.edit_norm += ratio;
-        }
-    }
-
-    fn covers(&self, rows: &Rows<'_>, t: usize) -> bool {
-        let span = &self.span;
-        (if rows.generated {
-            span.generation
-        } else {
-            span.prompt
-        }) && !(span.skip_first && rows.start_pos + t == 0)
-            && (span.roles.is_empty() || span.roles.contains(&rows.roles[t]))
-    }
-}
-
-/// How much of the latent's decoder row is added, for a latent at `f`.
-fn change(op: Op, value: f32, f: f32) -> f32 {
-    match op {
-        Op::Set => value - f,
-        Op::Floor => (value - f).max(0.0),
-        Op::Ceiling => (value - f).min(0.0),
-        Op::Scale => (value - 1.0) * f,
-        Op::Ablate => -f,
-        Op::Add => value,
-    }
-}
-
-/// Activation of `latent` in row `t`: zero outside the top k.
-fn activation(codes: &Codes, t: usize, latent: u32) -> f32 {
-    let row = t * codes.k..(t + 1) * codes.k;
-    codes.idx[row.clone()]
-        .iter()
-        .zip(&codes.val[row])
-        .find_map(|(&j, &v)| (j == latent).then_some(v))
-        .unwrap_or(0.0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn operations_by_hand() {
-        // (operation, operand, activation before, activation after)
-        let cases = [
-            (Op::Set, 3.0, 1.0, 3.0),
-            (Op::Set, 3.0, 5.0, 3.0),
-            (Op::Floor, 3.0, 1.0, 3.0),
-            (Op::Floor, 3.0, 5.0, 5.0),
-            (Op::Ceiling, 3.0, 1.0, 1.0),
-            (Op::Ceiling, 3.0, 5.0, 3.0),
-            (Op::Scale, 0.5, 4.0, 2.0),
-            (Op::Ablate, 9.0, 4.0, 0.0),
-            (Op::Add, 3.0, 1.0, 4.0),
-        ];
-        for (op, value, before, after) in cases {
-            assert_eq!(before + change(op, value, before), after, "{op:?} {value}");
-        }
+        Box::new(PlanState::new(Arc::clone(&self.parts)))
     }
 }

@@ -40,6 +40,30 @@ pub enum SteeringError {
         /// The names there are, comma-separated.
         known: String,
     },
+    /// An intervention names a gate that the plan does not have.
+    #[error("{place}: gate '{name}' is not in the plan; it has: {known}")]
+    UnknownGate {
+        /// Where in the plan.
+        place: String,
+        /// The name asked for.
+        name: String,
+        /// The names there are, comma-separated.
+        known: String,
+    },
+    /// A gate would decide after the edit that waits for it.
+    #[error(
+        "{place}: gate '{name}' reads {gate_site}, after the edit at {site}; a gate must read at or before the site that it turns on"
+    )]
+    LateGate {
+        /// Where in the plan.
+        place: String,
+        /// The gate.
+        name: String,
+        /// The gate's site.
+        gate_site: String,
+        /// The intervention's site.
+        site: String,
+    },
     /// A latent index is beyond the SAE's dictionary.
     #[error("{place}: latent {latent} is out of range: SAE '{sae}' has {d_sae} latents")]
     LatentOutOfRange {

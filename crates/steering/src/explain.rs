@@ -2,43 +2,110 @@
 
 use std::fmt::Write as _;
 
-use crate::gate::Aggregate;
+use demur_model::hooks::Role;
+
+use crate::gate::{Aggregate, Condition, Gate, Scope};
 use crate::plan::{
     DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Op, Span, SteeringPlan, Unit,
 };
 
-/// Says in plain English what `plan` does, a sentence an intervention.
+/// Says in plain English what `plan` does: a sentence a gate, a sentence an intervention.
 pub fn explain(plan: &SteeringPlan) -> String {
     if plan.interventions.is_empty() {
         return "Nothing is changed: the model runs as it is.".to_owned();
     }
-    plan.interventions
-        .iter()
-        .map(sentence)
+    let gates = plan.gates.iter().map(|(name, g)| explain_gate(name, g));
+    gates
+        .chain(plan.interventions.iter().map(sentence))
         .collect::<Vec<_>>()
         .join("\n")
 }
 
-fn sentence(spec: &InterventionSpec) -> String {
-    let mut text = format!("At {}, {}", spec.site, span(&spec.span));
-    if let Some(gate) = &spec.gate {
-        let how = match gate.aggregate {
-            Aggregate::Max => "largest",
-            Aggregate::Mean => "mean",
-            Aggregate::Last => "newest",
-        };
+/// Says in plain English when a gate is open.
+pub fn explain_gate(name: &str, gate: &Gate) -> String {
+    let what = match (gate.weights.len(), gate.aggregate) {
+        (0, how) => format!("the {} cosine with its direction", aggregate(how)),
+        (n, Aggregate::LatentMax) => {
+            format!("the weighted sum of {n} latents' largest activations")
+        }
+        (n, how) => format!(
+            "the {} score of {n} latent{}",
+            aggregate(how),
+            if n == 1 { "" } else { "s" }
+        ),
+    };
+    let mut text = format!(
+        "Gate '{name}' is open when, at {}, {what} reaches {}",
+        gate.site, gate.threshold
+    );
+    if gate.hysteresis > 0.0 {
         let _ = write!(
             text,
-            ", when the {how} gate score of {} latent{} reaches {}{}",
-            gate.weights.len(),
-            if gate.weights.len() == 1 { "" } else { "s" },
-            gate.threshold,
-            if gate.latch {
-                " (and from then on)"
-            } else {
-                ""
-            }
+            ", until it falls below {}",
+            gate.threshold - gate.hysteresis
         );
+    }
+    if gate.latch {
+        text.push_str(", and from then on");
+    }
+    text.push_str(match gate.scope {
+        Scope::Conversation => "",
+        Scope::Turn => "; each turn is judged anew",
+    });
+    let readers = match gate.roles.is_empty() {
+        true => "user or template".to_owned(),
+        false => roles(&gate.roles),
+    };
+    let _ = write!(text, ". It reads tokens of role {readers}");
+    if gate.during_generation {
+        text.push_str(" and the reply's");
+    }
+    text.push('.');
+    text
+}
+
+fn aggregate(how: Aggregate) -> &'static str {
+    match how {
+        Aggregate::Max | Aggregate::LatentMax => "largest",
+        Aggregate::Mean => "mean",
+        Aggregate::Last => "newest",
+    }
+}
+
+fn roles(roles: &[Role]) -> String {
+    let names = roles.iter().map(|r| format!("{r:?}").to_lowercase());
+    names.collect::<Vec<_>>().join(" or ")
+}
+
+fn condition(when: &Condition) -> String {
+    let list = |list: &[Condition], word: &str| {
+        let parts: Vec<String> = list.iter().map(condition).collect();
+        match parts.len() {
+            1 => parts.concat(),
+            _ => format!("({})", parts.join(word)),
+        }
+    };
+    match when {
+        Condition::Gate(name) => format!("'{name}' is open"),
+        Condition::All { all } => list(all, " and "),
+        Condition::Any { any } => list(any, " or "),
+        Condition::Not { not } => match &**not {
+            Condition::Gate(name) => format!("'{name}' is not open"),
+            other => {
+                let inner = condition(other);
+                match inner.starts_with('(') {
+                    true => format!("not {inner}"),
+                    false => format!("not ({inner})"),
+                }
+            }
+        },
+    }
+}
+
+fn sentence(spec: &InterventionSpec) -> String {
+    let mut text = format!("At {}, {}", spec.site, span(&spec.span));
+    if let Some(when) = &spec.when {
+        let _ = write!(text, ", when {}", condition(when));
     }
     text.push_str(": ");
     let mut parts: Vec<String> = spec.edits.iter().map(edit).collect();
@@ -72,15 +139,22 @@ fn span(span: &Span) -> String {
     }
     .to_owned();
     if !span.roles.is_empty() {
-        let roles: Vec<String> = span
-            .roles
-            .iter()
-            .map(|r| format!("{r:?}").to_lowercase())
-            .collect();
-        let _ = write!(text, " of role {}", roles.join(" or "));
+        let _ = write!(text, " of role {}", roles(&span.roles));
     }
     if span.skip_first {
         text.push_str(" but the first");
+    }
+    match (span.from, span.to) {
+        (0, None) => {}
+        (from, None) => {
+            let _ = write!(text, ", from position {from}");
+        }
+        (from, Some(to)) => {
+            let _ = write!(text, ", from position {from} to before {to}");
+        }
+    }
+    if let (true, Some(n)) = (span.generation, span.reply_tokens) {
+        let _ = write!(text, ", only the first {n} of the reply");
     }
     text
 }
@@ -120,6 +194,39 @@ mod tests {
             explain(&SteeringPlan::single("c", spec)),
             "At blocks.3.hook_resid_post, on every token of prompt and reply but the first: \
              latent 5 is set to 2 times its largest activation."
+        );
+    }
+
+    #[test]
+    fn gates_and_conditions_read_as_sentences() {
+        let plan = SteeringPlan::from_toml(
+            r#"
+            version = 1
+            name = "gated"
+            [gates.unsafe]
+            site = "layers.3"
+            sae = "main"
+            weights = [{ latent = 1, weight = 2.0 }]
+            aggregate = "mean"
+            threshold = 0.5
+            hysteresis = 0.25
+            roles = ["user"]
+            scope = "turn"
+            [[interventions]]
+            site = "layers.3"
+            sae = "main"
+            edits = [{ latent = 5, op = "scale", value = 0.5 }]
+            when = { all = ["unsafe", { not = { any = ["unsafe", { not = "unsafe" }] } }] }
+            span = { from = 2, to = 9, reply_tokens = 4 }
+            "#,
+        );
+        assert_eq!(
+            explain(&plan.unwrap()),
+            "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, until \
+             it falls below 0.25; each turn is judged anew. It reads tokens of role user.\n\
+             At layers.3, on every token of prompt and reply but the first, from position 2 to \
+             before 9, only the first 4 of the reply, when ('unsafe' is open and not ('unsafe' is \
+             open or 'unsafe' is not open)): latent 5 is multiplied by 0.5."
         );
     }
 }

@@ -1,38 +1,60 @@
-//! Gates: a calibrated condition on latents that turns an intervention on.
+//! Gates: calibrated conditions on the residual stream that turn interventions on.
 //!
-//! A gate reads a weighted sum of latents on every token in its roles,
-//! `s_t = bias + sum_j w_j f_j(x_t)`, and aggregates `s` over the tokens seen so far (max, mean or
-//! last). It is open while the aggregate is at or above `threshold`. With `hysteresis = h` an open
-//! gate closes only below `threshold - h`; with `latch` it never closes again in a conversation.
+//! A gate has a name, and reads at its own site, on every token in its roles, either a weighted sum
+//! of latents, `s_t = bias + sum_j w_j f_j(x_t)`, or the cosine with a direction,
+//! `s_t = bias + cos(x_t, v)` (the condition vector of CAST, 2409.05907). The scores become one by
+//! [`Aggregate`]; the gate is open while that is at or above `threshold`. With `hysteresis = h` an
+//! open gate closes only below `threshold - h`; with `latch` it never closes again in a
+//! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
+//! it. Interventions name gates in a [`Condition`], composed with `all`, `any` and `not`.
+//!
 //! The prompt is read as a whole before its first token is edited, so a gate sees the end of a
-//! request before it decides about its beginning.
+//! request before it decides about its beginning. It reads what the model has at its site: edits at
+//! earlier sites included, those at its own not.
 //!
-//! Cost: one SAE encode of the rows read (shared with the edit), plus `weights.len()` products.
+//! Cost: `membership = "exact"` takes one SAE encode of the rows read (shared with the edits at the
+//! site), `"pre_act"` one product of `d_model` a latent a row, a direction one a row.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SteeringError;
+use crate::plan::Membership;
 use demur_model::hooks::Role;
 
-/// A condition on latents. See the module documentation for its meaning.
+/// A condition on the residual stream. See the module documentation for its meaning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
+    /// Hook site that it reads; at or before the sites of the interventions that it turns on.
+    pub site: String,
+    /// Name of the SAE whose latents it reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sae: Option<String>,
     /// Latents read and their weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub weights: Vec<GateWeight>,
-    /// Added to the weighted sum.
+    /// Instead of latents: a direction, `[d_model]`, whose cosine with the residual is the score.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub direction: Vec<f32>,
+    /// Whether a latent outside the top k counts as inactive.
+    #[serde(default)]
+    pub membership: Membership,
+    /// Added to each token's score.
     #[serde(default)]
     pub bias: f32,
     /// How the per-token scores become one.
     #[serde(default)]
     pub aggregate: Aggregate,
+    /// Over which tokens they do.
+    #[serde(default)]
+    pub scope: Scope,
     /// The gate is open at or above this score.
     pub threshold: f32,
     /// An open gate closes only below `threshold - hysteresis`.
     #[serde(default)]
     pub hysteresis: f32,
-    /// Once open, open for the rest of the sequence.
+    /// Once open, open for the rest of the conversation.
     #[serde(default)]
     pub latch: bool,
     /// Only tokens of these roles are read; empty: the user's tokens and the template's.
@@ -64,6 +86,87 @@ pub enum Aggregate {
     Mean,
     /// The newest token's score.
     Last,
+    /// The weighted sum of each latent's largest activation so far. Of latents only.
+    LatentMax,
+}
+
+/// Over which tokens a gate's scores are aggregated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// All that it has read of the conversation.
+    #[default]
+    Conversation,
+    /// From the first token of the newest user's turn: each turn is judged anew.
+    Turn,
+}
+
+/// When an intervention is on: a gate's name, or conditions composed.
+///
+/// In TOML `"unsafe"`, `{ not = "lesson" }`, `{ all = ["unsafe", { not = "lesson" }] }`,
+/// `{ any = ["unsafe", "drifting"] }`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum Condition {
+    /// This gate is open.
+    Gate(String),
+    /// Each of these holds.
+    All {
+        /// The conditions; at least one.
+        all: Vec<Condition>,
+    },
+    /// One of these holds.
+    Any {
+        /// The conditions; at least one.
+        any: Vec<Condition>,
+    },
+    /// This does not hold.
+    Not {
+        /// The condition.
+        not: Box<Condition>,
+    },
+}
+
+impl Condition {
+    /// Whether it holds, given which gates are open.
+    pub fn holds(&self, is_open: &impl Fn(&str) -> bool) -> bool {
+        match self {
+            Self::Gate(name) => is_open(name),
+            Self::All { all } => all.iter().all(|c| c.holds(is_open)),
+            Self::Any { any } => any.iter().any(|c| c.holds(is_open)),
+            Self::Not { not } => !not.holds(is_open),
+        }
+    }
+
+    /// The gates that it names, in order, repeats included.
+    pub fn gates(&self) -> Vec<&str> {
+        match self {
+            Self::Gate(name) => vec![name],
+            Self::All { all: list } | Self::Any { any: list } => {
+                list.iter().flat_map(Self::gates).collect()
+            }
+            Self::Not { not } => not.gates(),
+        }
+    }
+
+    /// Checks that no list is empty.
+    pub(crate) fn validate(&self, place: &str) -> Result<(), SteeringError> {
+        match self {
+            Self::Gate(_) => Ok(()),
+            Self::Not { not } => not.validate(place),
+            Self::All { all: list } | Self::Any { any: list } => {
+                if list.is_empty() {
+                    return Err(SteeringError::Value {
+                        place: place.to_owned(),
+                        field: "when",
+                        value: "[]".to_owned(),
+                        rule: "must name at least one condition",
+                    });
+                }
+                list.iter().try_for_each(|c| c.validate(place))
+            }
+        }
+    }
 }
 
 impl Gate {
@@ -77,8 +180,30 @@ impl Gate {
                 rule,
             })
         };
-        if self.weights.is_empty() {
-            return bad("weights", 0.0, "must name at least one latent");
+        let norm: f32 = self.direction.iter().map(|v| v * v).sum();
+        match (self.weights.is_empty(), self.direction.is_empty()) {
+            (true, true) => return bad("weights", 0.0, "must name at least one latent"),
+            (false, false) => {
+                return bad(
+                    "direction",
+                    norm,
+                    "is given beside weights: give one of the two",
+                );
+            }
+            (true, false) if !(norm.is_finite() && norm > 0.0) => {
+                return bad("direction", norm, "must be finite and not zero");
+            }
+            (true, false) if self.aggregate == Aggregate::LatentMax => {
+                return bad(
+                    "aggregate",
+                    norm,
+                    "latent_max is of latents, not of a direction",
+                );
+            }
+            (false, true) if self.sae.is_none() => {
+                return bad("sae", 0.0, "must name an SAE: latents are read");
+            }
+            _ => {}
         }
         if let Some(w) = self.weights.iter().find(|w| !w.weight.is_finite()) {
             return bad("weight", w.weight, "must be finite");
@@ -109,6 +234,9 @@ impl Gate {
     }
 }
 
+/// Most changes of a gate that an audit lists.
+const MAX_CHANGES: usize = 32;
+
 /// A gate's memory over one sequence.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GateState {
@@ -116,32 +244,57 @@ pub(crate) struct GateState {
     sum: f64,
     count: u64,
     last: f32,
+    /// Each latent's largest activation, in the order of the weights; for [`Aggregate::LatentMax`].
+    latent_max: Vec<f32>,
+    /// Whether a reply was seen since the user last spoke.
+    pub(crate) after_reply: bool,
     pub(crate) open: bool,
     pub(crate) ever_open: bool,
+    /// Position of the newest token when it opened or closed, and which of the two.
+    pub(crate) changes: Vec<(usize, bool)>,
 }
 
 impl GateState {
-    /// Takes one token's score.
-    pub(crate) fn push(&mut self, score: f32) {
+    /// Takes one token: its score, and the activations that it is made of.
+    pub(crate) fn push(&mut self, score: f32, latents: &[f32]) {
         self.max = Some(self.max.map_or(score, |m| m.max(score)));
         self.sum += f64::from(score);
         self.count += 1;
         self.last = score;
+        self.latent_max.resize(latents.len(), f32::NEG_INFINITY);
+        for (m, f) in self.latent_max.iter_mut().zip(latents) {
+            *m = m.max(*f);
+        }
+    }
+
+    /// Forgets the scores, for the next turn; a latched gate stays open.
+    pub(crate) fn next_turn(&mut self, gate: &Gate) {
+        *self = Self {
+            open: gate.latch && self.ever_open,
+            ever_open: self.ever_open,
+            changes: std::mem::take(&mut self.changes),
+            ..Self::default()
+        };
     }
 
     /// The aggregated score, or `None` before the first token.
-    pub(crate) fn score(&self, how: Aggregate) -> Option<f32> {
+    pub(crate) fn score(&self, gate: &Gate) -> Option<f32> {
         let max = self.max?;
-        Some(match how {
+        Some(match gate.aggregate {
             Aggregate::Max => max,
             Aggregate::Mean => (self.sum / self.count as f64) as f32,
             Aggregate::Last => self.last,
+            Aggregate::LatentMax => gate
+                .weights
+                .iter()
+                .zip(&self.latent_max)
+                .fold(gate.bias, |s, (w, f)| s + w.weight * f),
         })
     }
 
-    /// Decides anew from what was pushed.
-    pub(crate) fn decide(&mut self, gate: &Gate) {
-        let Some(score) = self.score(gate.aggregate) else {
+    /// Decides anew from what was pushed; `pos` is the newest token's position.
+    pub(crate) fn decide(&mut self, gate: &Gate, pos: usize) {
+        let Some(score) = self.score(gate) else {
             return;
         };
         let bar = if self.open {
@@ -149,8 +302,12 @@ impl GateState {
         } else {
             gate.threshold
         };
+        let was = self.open;
         self.open = score >= bar || (gate.latch && self.ever_open);
         self.ever_open |= self.open;
+        if self.open != was && self.changes.len() < MAX_CHANGES {
+            self.changes.push((pos, self.open));
+        }
     }
 }
 
@@ -160,6 +317,11 @@ mod tests {
 
     fn gate() -> Gate {
         Gate {
+            site: "layers.0".to_owned(),
+            sae: Some("main".to_owned()),
+            direction: Vec::new(),
+            membership: Membership::Exact,
+            scope: Scope::Conversation,
             weights: vec![GateWeight {
                 latent: 0,
                 weight: 1.0,
@@ -179,8 +341,8 @@ mod tests {
         scores
             .iter()
             .map(|&s| {
-                state.push(s);
-                state.decide(gate);
+                state.push(s, &[s]);
+                state.decide(gate, 0);
                 state.open
             })
             .collect()
@@ -216,6 +378,61 @@ mod tests {
             ..gate()
         };
         assert_eq!(run(&max, &[0.0, 1.5, -9.0]), [false, true, true]);
+    }
+
+    #[test]
+    fn each_latents_maximum_may_be_at_another_token() {
+        let weight = |latent, weight| GateWeight { latent, weight };
+        let gate = Gate {
+            weights: vec![weight(3, 1.0), weight(5, -2.0)],
+            bias: 0.25,
+            aggregate: Aggregate::LatentMax,
+            ..gate()
+        };
+        let mut state = GateState::default();
+        assert_eq!(state.score(&gate), None);
+        state.push(0.0, &[2.0, 0.5]);
+        state.push(0.0, &[1.0, 0.75]);
+        assert_eq!(state.score(&gate), Some(0.25 + 2.0 - 1.5));
+    }
+
+    #[test]
+    fn a_new_turn_is_judged_anew_unless_latched() {
+        for (latch, open) in [(false, false), (true, true)] {
+            let gate = Gate { latch, ..gate() };
+            let mut state = GateState::default();
+            state.push(2.0, &[2.0]);
+            state.decide(&gate, 7);
+            state.next_turn(&gate);
+            state.push(0.9, &[0.9]); // above threshold - hysteresis, below threshold
+            state.decide(&gate, 9);
+            assert_eq!((state.open, state.ever_open), (open, true));
+            assert_eq!(state.changes[0], (7, true));
+        }
+    }
+
+    #[test]
+    fn conditions_compose() {
+        let condition = |text: &str| -> Condition { serde_json::from_str(text).unwrap() };
+        let is_open = |name: &str| name == "a";
+        for (text, expected) in [
+            (r#""a""#, true),
+            (r#""b""#, false),
+            (r#"{"not": "a"}"#, false),
+            (r#"{"all": ["a", {"not": "b"}]}"#, true),
+            (r#"{"all": ["a", "b"]}"#, false),
+            (r#"{"any": ["b", {"not": {"any": ["a"]}}]}"#, false),
+            (r#"{"any": ["b", "a"]}"#, true),
+        ] {
+            let c = condition(text);
+            assert_eq!(c.holds(&is_open), expected, "{text}");
+            let back = serde_json::to_string(&c).unwrap();
+            assert_eq!(condition(&back), c);
+        }
+        let c = condition(r#"{"all": ["a", {"not": "b"}]}"#);
+        assert_eq!(c.gates(), ["a", "b"]);
+        assert!(condition(r#"{"any": []}"#).validate("x").is_err());
+        assert!(serde_json::from_str::<Condition>(r#"{"all": ["a"], "or": []}"#).is_err());
     }
 
     #[test]

@@ -24,15 +24,18 @@
 #![forbid(unsafe_code)]
 
 mod compile;
+mod diff;
 mod error;
 mod explain;
 mod gate;
 mod plan;
+mod run;
 
 pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
+pub use diff::{Change, diff};
 pub use error::SteeringError;
-pub use explain::explain;
-pub use gate::{Aggregate, Gate, GateWeight};
+pub use explain::{explain, explain_gate};
+pub use gate::{Aggregate, Condition, Gate, GateWeight, Scope};
 pub use plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, PLAN_VERSION,
     Span, SteeringPlan, Unit,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::SteeringError;
-use crate::gate::Gate;
+use crate::gate::{Condition, Gate};
 
 /// The version of the plan format that this build reads and writes.
 pub const PLAN_VERSION: u32 = 1;
@@ -31,18 +31,21 @@ pub struct SteeringPlan {
     /// made with; an empty string accepts any.
     #[serde(default)]
     pub saes: BTreeMap<String, String>,
+    /// Conditions by the name that interventions use.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gates: BTreeMap<String, Gate>,
     /// Applied in order.
     #[serde(default)]
     pub interventions: Vec<InterventionSpec>,
 }
 
-/// One intervention: a site, edits of latents or a direction, on which tokens, under which gate.
+/// One intervention: a site, edits of latents or a direction, on which tokens, when.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InterventionSpec {
     /// Hook site, for instance `blocks.12.hook_resid_post`; aliases are accepted.
     pub site: String,
-    /// Name of the SAE whose latents are edited or read by the gate.
+    /// Name of the SAE whose latents are edited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sae: Option<String>,
     /// Edits of latents, summed.
@@ -62,7 +65,7 @@ pub struct InterventionSpec {
     pub span: Span,
     /// When it is on; always, if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gate: Option<Gate>,
+    pub when: Option<Condition>,
     /// The edit's norm is capped at this fraction of the residual's norm, token by token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_edit_norm: Option<f32>,
@@ -175,6 +178,14 @@ pub struct Span {
     pub roles: Vec<Role>,
     /// Leave out the first position: its residual is an attention sink of abnormal norm.
     pub skip_first: bool,
+    /// Only positions from here on, 0 the sequence's first.
+    pub from: usize,
+    /// Only positions before this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<usize>,
+    /// Of the reply, only this many tokens from its beginning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reply_tokens: Option<usize>,
 }
 
 impl Default for Span {
@@ -184,6 +195,9 @@ impl Default for Span {
             generation: true,
             roles: Vec::new(),
             skip_first: true,
+            from: 0,
+            to: None,
+            reply_tokens: None,
         }
     }
 }
@@ -200,6 +214,7 @@ impl SteeringPlan {
                 .iter()
                 .map(|s| (s.clone(), String::new()))
                 .collect(),
+            gates: BTreeMap::new(),
             interventions: vec![spec],
         }
     }
@@ -264,8 +279,20 @@ impl SteeringPlan {
                 supported: PLAN_VERSION,
             });
         }
+        for (name, gate) in &self.gates {
+            gate.validate(&format!("gates.{name}"))?;
+        }
         for (i, spec) in self.interventions.iter().enumerate() {
-            spec.validate(&format!("interventions[{i}]"))?;
+            let place = format!("interventions[{i}]");
+            spec.validate(&place)?;
+            let named = spec.when.iter().flat_map(Condition::gates);
+            if let Some(name) = named.into_iter().find(|n| !self.gates.contains_key(*n)) {
+                return Err(SteeringError::UnknownGate {
+                    place,
+                    name: name.to_owned(),
+                    known: self.gates.keys().cloned().collect::<Vec<_>>().join(", "),
+                });
+            }
         }
         Ok(())
     }
@@ -282,7 +309,7 @@ impl InterventionSpec {
             error_term: ErrorTerm::Kept,
             membership: Membership::Exact,
             span: Span::default(),
-            gate: None,
+            when: None,
             max_edit_norm: None,
         }
     }
@@ -296,14 +323,13 @@ impl InterventionSpec {
                 rule,
             })
         };
-        let needs_sae =
-            !self.edits.is_empty() || self.gate.is_some() || self.error_term == ErrorTerm::Dropped;
+        let needs_sae = !self.edits.is_empty() || self.error_term == ErrorTerm::Dropped;
         if needs_sae && self.sae.is_none() {
             return bad(
                 place.to_owned(),
                 "sae",
                 "none".to_owned(),
-                "must name an SAE: latents are edited or read",
+                "must name an SAE: latents are edited",
             );
         }
         if !needs_sae && self.direction.is_none() {
@@ -369,10 +395,18 @@ impl InterventionSpec {
                 "and generation = false: no token would be edited",
             );
         }
-        if let Some(gate) = &self.gate {
-            gate.validate(&format!("{place}.gate"))?;
+        if self.span.to.is_some_and(|to| to <= self.span.from) {
+            return bad(
+                format!("{place}.span"),
+                "to",
+                self.span.to.unwrap_or_default().to_string(),
+                "must be greater than from: no token would be edited",
+            );
         }
-        Ok(())
+        match &self.when {
+            Some(when) => when.validate(place),
+            None => Ok(()),
+        }
     }
 }
 
@@ -389,7 +423,10 @@ mod tests {
         site = "layers.12"
         sae = "main"
         edits = [{ latent = 7, op = "set", value = 2.0, unit = "rel_max" }]
-        [interventions.gate]
+        when = { all = ["unsafe"] }
+        [gates.unsafe]
+        site = "layers.12"
+        sae = "main"
         weights = [{ latent = 3, weight = 1.0 }]
         threshold = 0.5
     "#;
@@ -450,10 +487,7 @@ mod tests {
         let (_, rest) = guide.split_once("```toml\n").unwrap();
         let (text, _) = rest.split_once("```").unwrap();
         let plan = SteeringPlan::from_toml(text).unwrap();
-        assert!(
-            plan.interventions[0].gate.is_some(),
-            "the guide shows a gate"
-        );
+        assert!(!plan.gates.is_empty(), "the guide shows a gate");
         let schema = SteeringPlan::schema();
         let as_written: toml::Value = toml::from_str(text).unwrap();
         let as_written = serde_json::to_value(as_written).unwrap();
@@ -463,9 +497,9 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "'treshold' is not in the schema")]
+    #[should_panic(expected = "'spam' is not in the schema")]
     fn the_schema_knows_what_it_does_not_know() {
-        let plan = serde_json::json!({"interventions": [{"gate": {"treshold": 1.0}}]});
+        let plan = serde_json::json!({"interventions": [{"spam": {"prompt": true}}]});
         let schema = SteeringPlan::schema();
         keys_are_known(&plan, &schema, &schema);
     }
@@ -483,7 +517,10 @@ mod tests {
         refused("threshold", "treshold", "treshold");
         refused("\"set\"", "\"clamp\"", "clamp");
         refused("version = 1", "version = 9", "version 9");
-        refused("sae = \"main\"\n", "\n", "must name an SAE");
+        let clamped = "sae = \"main\"\n        edits";
+        refused(clamped, "edits", "interventions[0]: sae");
+        refused("[\"unsafe\"]", "[\"unsave\"]", "'unsave'");
+        refused("[\"unsafe\"]", "[]", "when = []");
         refused("value = 2.0", "value = nan", "must be finite");
         refused("threshold = 0.5", "threshold = inf", "threshold");
         refused(
@@ -492,8 +529,13 @@ mod tests {
             "edited twice",
         );
         refused(
-            "sae = \"main\"",
-            "sae = \"main\"\nspan = { prompt = false, generation = false }",
+            clamped,
+            "sae = \"main\"\nspan = { prompt = true, from = 3, to = 3 }\nedits",
+            "greater than from",
+        );
+        refused(
+            clamped,
+            "sae = \"main\"\nspan = { prompt = false, generation = false }\nedits",
             "no token",
         );
     }

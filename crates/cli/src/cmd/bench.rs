@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
 use crate::progress::say;
+use crate::resident;
 use crate::study::config::Precision;
 
 #[derive(Debug, clap::Args)]
@@ -42,6 +43,8 @@ enum What {
         #[arg(long)]
         json: bool,
     },
+    /// The training step of a TopK SAE: vectors a second, and the product's share of the peak.
+    Sae(super::bench_sae::Args),
 }
 
 /// Prompt length of prefill, and context of decode.
@@ -56,12 +59,18 @@ const BATCH_PROMPT: usize = 64;
 type Steered<'a> = Option<(Box<dyn InterventionState>, &'a [Site])>;
 
 pub fn run(args: Args) -> Result<()> {
-    let What::Lm {
-        model,
-        rounds,
-        json: as_json,
-    } = args.what;
-    let loaded = Loaded::open(&model, Precision::Fast)?;
+    match args.what {
+        What::Lm {
+            model,
+            rounds,
+            json,
+        } => lm(&model, rounds, json),
+        What::Sae(args) => super::bench_sae::run(&args),
+    }
+}
+
+fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
+    let loaded = Loaded::open(model, Precision::Fast)?;
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
     let tokens: Vec<u32> = (0..CONTEXT as u32)
@@ -154,7 +163,10 @@ pub fn run(args: Args) -> Result<()> {
         demur_kernels::dispatch::isa().name(),
     );
     if as_json {
-        let mut object = json!({ "model": model, "threads": threads, "isa": isa });
+        let mut object = json!({
+            "model": model, "threads": threads, "isa": isa,
+            "peak_resident_bytes": resident::peak(),
+        });
         for (key, value) in figures {
             object[key] = json!(value);
         }
@@ -162,6 +174,12 @@ pub fn run(args: Args) -> Result<()> {
     } else {
         for (key, value) in figures {
             say(format_args!("{key:<16} {value:>9.1}"))?;
+        }
+        if let Some(peak) = resident::peak() {
+            say(format_args!(
+                "peak resident    {:>9.1} MB",
+                peak as f64 / 1e6
+            ))?;
         }
         say(format_args!("threads {threads}, {isa}"))?;
     }
@@ -219,7 +237,7 @@ fn plans(n_layers: usize, d_model: usize) -> Result<Vec<CompiledPlan>> {
     (0..BATCH).map(plan).collect()
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -11,6 +11,7 @@ use crate::cmd::report::read_record;
 const EXAMPLES: &str = "\
 Examples:
   demur features                     those of the quickstart, best first
+  demur features --sort density      rarest last
   demur features 1234                everything about one latent
   demur features --run runs/my --json";
 
@@ -22,14 +23,59 @@ pub struct Args {
     run: PathBuf,
     /// Show everything about this latent.
     latent: Option<u32>,
+    /// List by this, largest first; what has no such evidence comes last.
+    #[arg(long, value_enum, default_value_t)]
+    sort: Sort,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
+/// What features are sorted by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Sort {
+    /// The ranking of the study, best first.
+    #[default]
+    Rank,
+    /// Rise of the refusal log-odds when clamped.
+    Logodds,
+    /// KL on benign prompts when clamped.
+    Kl,
+    /// Fraction of tokens on which it is active.
+    Density,
+    /// Largest activation.
+    Max,
+    /// AUROC, refused against complied.
+    AurocRefused,
+    /// AUROC, harmful against look-alike.
+    AurocHarmful,
+    /// Cosine with the refusal direction.
+    Cosine,
+}
+
+impl Sort {
+    /// The figure to sort by, the largest first.
+    fn key(self, f: &Feature) -> Option<f64> {
+        let e = &f.evidence;
+        let causal = e.causal.as_ref();
+        match self {
+            Self::Rank => Some(-(f.rank as f64)),
+            Self::Logodds => causal.map(|c| c.refusal_logodds_delta_unsafe),
+            Self::Kl => causal.and_then(|c| c.kl_benign),
+            Self::Density => e.density,
+            Self::Max => e.max_activation,
+            Self::AurocRefused => e.refused_vs_complied.as_ref().map(|c| c.auroc),
+            Self::AurocHarmful => e.harmful_vs_lookalike.as_ref().map(|c| c.auroc),
+            Self::Cosine => e.cosine_refusal_direction,
+        }
+    }
+}
+
 pub fn run(args: Args) -> Result<()> {
     let (_, record) = read_record(&args.run)?;
-    let features = &record.discovery.features;
+    let mut features = record.discovery.features;
+    let key = |f: &Feature| args.sort.key(f).unwrap_or(f64::NEG_INFINITY);
+    features.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.rank.cmp(&b.rank)));
     let mut out = std::io::stdout().lock();
     if let Some(latent) = args.latent {
         let Some(f) = features.iter().find(|f| f.latent == latent) else {
@@ -46,14 +92,14 @@ pub fn run(args: Args) -> Result<()> {
         return Ok(());
     }
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(features)?)?;
+        writeln!(out, "{}", serde_json::to_string(&features)?)?;
         return Ok(());
     }
     writeln!(
         out,
-        "rank  latent  chosen  d log-odds  density  AUROC refused  promotes"
+        "rank  latent  chosen  d log-odds  KL benign  density  AUROC refused  harmful  cosine  promotes"
     )?;
-    for f in features {
+    for f in &features {
         let e = &f.evidence;
         let promotes: Vec<String> = f
             .promotes
@@ -63,13 +109,16 @@ pub fn run(args: Args) -> Result<()> {
             .collect();
         writeln!(
             out,
-            "{:>4}  {:>6}  {:^6}  {:>10}  {:>7}  {:>13}  {}",
+            "{:>4}  {:>6}  {:^6}  {:>10}  {:>9}  {:>7}  {:>13}  {:>7}  {:>6}  {}",
             f.rank,
             f.latent,
             if f.chosen { "yes" } else { "" },
             number(e.causal.as_ref().map(|c| c.refusal_logodds_delta_unsafe), 2),
+            number(e.causal.as_ref().and_then(|c| c.kl_benign), 3),
             number(e.density, 4),
             number(e.refused_vs_complied.as_ref().map(|c| c.auroc), 3),
+            number(e.harmful_vs_lookalike.as_ref().map(|c| c.auroc), 3),
+            number(e.cosine_refusal_direction, 2),
             promotes.join(" ")
         )?;
     }

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
 use crate::fetch::{self, Source};
+use crate::resident;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -31,6 +32,7 @@ pub fn run(args: Args) -> Result<()> {
     let checkpoint = Arc::new(Checkpoint::open(&path)?);
     let model = Model::load(&checkpoint, Precision::Fast)?;
     let (spec, memory) = (model.spec(), model.memory());
+    let peak = resident::peak();
     let mut types: BTreeMap<&str, usize> = BTreeMap::new();
     for t in checkpoint.tensors() {
         *types.entry(t.ty.name()).or_default() += 1;
@@ -46,6 +48,7 @@ pub fn run(args: Args) -> Result<()> {
                 "checkpoint_bytes": memory.checkpoint, "weights_bytes": memory.weights,
                 "cache_bytes_per_token": memory.cache_per_token,
                 "workspace_bytes_per_token": memory.workspace_per_token,
+                "peak_resident_bytes": peak,
             },
         });
         writeln!(out, "{object}")?;
@@ -85,6 +88,14 @@ pub fn run(args: Args) -> Result<()> {
         "activations        {:.1} kB a token of a pass",
         memory.workspace_per_token as f64 / 1e3
     )?;
+    if let Some(peak) = peak {
+        writeln!(
+            out,
+            "peak resident      {} ({:.2} of the checkpoint), mapped pages included",
+            mb(peak as f64),
+            peak as f64 / memory.checkpoint.max(1) as f64
+        )?;
+    }
     if args.tensors {
         for t in checkpoint.tensors() {
             writeln!(out, "  {:<44} {:<5} {:?}", t.name, t.ty.name(), t.shape)?;

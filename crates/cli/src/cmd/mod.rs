@@ -1,9 +1,11 @@
 //! One file a command.
 
 pub mod bench;
+pub mod bench_sae;
 pub mod chat;
 pub mod completions;
 pub mod features;
+pub mod gate;
 pub mod generate;
 pub mod harvest;
 pub mod inspect;
@@ -13,4 +15,5 @@ pub mod pull;
 pub mod reference;
 pub mod report;
 pub mod sae;
+pub mod sae_fit;
 pub mod study;

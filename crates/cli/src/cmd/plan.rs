@@ -1,11 +1,15 @@
-//! `demur plan`: steering plans, checked and explained before they run.
+//! `demur plan`: steering plans, checked, explained and compared before they run.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use demur_steering::{SteeringPlan, explain};
+use demur_steering::{Change, SteeringPlan, diff, explain};
+use serde_json::json;
 
+use crate::cmd::chat::steering;
+use crate::loaded::Loaded;
 use crate::progress::say;
+use crate::study::config::Precision;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -15,10 +19,16 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Check the plan's syntax, names and numbers.
+    /// Check the plan's syntax, names and numbers; with --model also that it fits.
     Check {
         /// The plan, TOML or JSON.
         plan: PathBuf,
+        /// Check sites, widths and latents against this model: a catalogue name or a path.
+        #[arg(long, short, value_name = "MODEL")]
+        model: Option<String>,
+        /// Folder of the SAE that the plan names; a study's folder works too.
+        #[arg(long, value_name = "DIR", requires = "model")]
+        sae: Option<PathBuf>,
     },
     /// Print the JSON Schema of plans.
     Schema,
@@ -27,17 +37,59 @@ enum Action {
         /// The plan, TOML or JSON.
         plan: PathBuf,
     },
+    /// Say where two plans differ, defaults written out.
+    Diff {
+        /// The first plan, TOML or JSON.
+        first: PathBuf,
+        /// The second.
+        second: PathBuf,
+        /// Print one JSON object a change.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 pub fn run(args: Args) -> Result<()> {
     match args.action {
-        Action::Check { plan } => {
-            let plan = read(&plan)?;
+        Action::Check {
+            plan: file,
+            model,
+            sae,
+        } => {
+            let plan = read(&file)?;
+            if let Some(model) = model {
+                let loaded = Loaded::open(&model, Precision::Fast)?;
+                steering(&loaded, Some(&file), sae.as_deref())?;
+            }
             say(format_args!("ok: {} ({})", plan.name, plan.sha256()))
         }
         Action::Schema => say(format_args!("{:#}", SteeringPlan::schema())),
         Action::Explain { plan } => say(explain(&read(&plan)?)),
+        Action::Diff {
+            first,
+            second,
+            json,
+        } => show(&diff(&read(&first)?, &read(&second)?), json),
     }
+}
+
+fn show(changes: &[Change], json: bool) -> Result<()> {
+    for c in changes {
+        if json {
+            say(json!({ "place": c.place, "before": c.before, "after": c.after }))?;
+            continue;
+        }
+        say(&c.place)?;
+        for (sign, value) in [("-", &c.before), ("+", &c.after)] {
+            if let Some(value) = value {
+                say(format_args!("  {sign} {value}"))?;
+            }
+        }
+    }
+    if changes.is_empty() && !json {
+        say("the plans do the same")?;
+    }
+    Ok(())
 }
 
 /// Reads a plan, by its extension: `.json`, or TOML.

@@ -31,7 +31,7 @@ enum Action {
     /// Train the SAE of a study: its stages pull, harvest and train.
     #[command(after_help = EXAMPLES)]
     Train {
-        /// A TOML file, or a built-in study: quickstart, quickstart-sae, phi3-refusal.
+        /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
         #[arg(default_value = "quickstart-sae")]
         study: String,
         /// Change a value, for instance `--set train.k=64`; may be repeated.
@@ -44,6 +44,10 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Train an SAE on activations that `demur harvest` wrote.
+    ///
+    /// Training that was stopped goes on where it was: run the same command again.
+    Fit(super::sae_fit::Args),
     /// Show an SAE in the SAELens layout, its sums checked.
     Info {
         /// Its folder.
@@ -62,6 +66,7 @@ pub fn run(args: Args) -> Result<()> {
             runs,
             json,
         } => train(&study, &sets, runs, json),
+        Action::Fit(args) => super::sae_fit::run(&args),
         Action::Info { folder, json } => info(&folder, json),
     }
 }
@@ -81,7 +86,7 @@ fn train(name: &str, sets: &[String], runs: PathBuf, as_json: bool) -> Result<()
     say(folder.display())?;
     say(format_args!(
         "  {} latents, k = {}; held out: FVU {:.3} on chats, {:.3} on text",
-        trained.d_sae, trained.k, trained.chat.quality.fvu, trained.text.quality.fvu
+        trained.d_sae, trained.k, trained.chat.fvu.value, trained.text.fvu.value
     ))
 }
 

@@ -24,7 +24,7 @@ A study that was stopped goes on where it was: run the same command again.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A TOML file, or a built-in study: quickstart, quickstart-sae, phi3-refusal.
+    /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
     #[arg(default_value = "quickstart")]
     study: String,
     /// Run this stage and all after it anew.

@@ -84,7 +84,11 @@ pub fn sample_json() -> Value {
             );
         }
     }
-    let quality = json!({"n_tokens": 4000, "fvu": 0.21, "l0": 31.5, "dead": 0.04});
+    let quality = json!({
+        "n_tokens": 4000, "dead": 0.04,
+        "fvu": {"value": 0.21, "lo": 0.2, "hi": 0.23, "n": 24},
+        "l0": {"value": 31.5, "lo": 31.0, "hi": 31.9, "n": 24},
+    });
     json!({
         "schema": 1, "study": "quickstart", "description": "A study for tests",
         "wall_s": 321.0,
@@ -102,7 +106,6 @@ pub fn sample_json() -> Value {
         "sae": {
             "source": "train", "sha256": "ef56", "site": "blocks.12.hook_resid_post",
             "d_sae": 2048, "k": 32, "trained_on_tokens": 40_000, "chat": quality, "text": quality,
-            "metrics": [{ "suite": "chat", "metric": "fvu", "value": 0.12, "lo": 0.1, "hi": 0.14, "n": 24 }],
             "curve": [
                 {"step": 0, "fvu": 1.0, "loss": 2.0, "dead": 0.0, "lr": 0.001},
                 {"step": 50, "fvu": 0.4, "loss": 1.0, "dead": 0.02, "lr": 0.001},
@@ -138,6 +141,7 @@ pub fn sample_json() -> Value {
             row("s3", "safe", "compliance", "compliance"),
         ],
         "verdict": {
+            "arm": "clamp",
             "headline": "Clamp: refusal of unsafe requests rises from 25 to 95 %",
             "lines": ["Unsafe requests refused: base 25 %, steered 95 %."], "improved": true,
         },

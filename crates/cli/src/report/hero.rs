@@ -104,7 +104,7 @@ fn facts(view: &View<'_>) -> Markup {
         dl class="facts" {
             (fact("Model", html! { (or_none(&r.model.name)) small { (r.model.n_layers) " layers, width " (count(r.model.d_model as u64)) } }))
             (fact("SAE", html! { (count(r.sae.d_sae as u64)) " latents, k = " (r.sae.k) small { (source(&r.sae.source)) } }))
-            (fact("Site", html! { span class="mono site" { (or_none(&r.sae.site)) } @if let Some(fvu) = r.sae.chat.as_ref().map(|q| q.fvu) { small { "FVU " (figure(fvu)) " on chats" } } }))
+            (fact("Site", html! { span class="mono site" { (or_none(&r.sae.site)) } @if let Some(fvu) = r.sae.chat.as_ref().map(|q| q.fvu.value) { small { "FVU " (figure(fvu)) " on chats" } } }))
             (fact("Test prompts", html! { (prompts) small { "seed " (r.seed) } }))
             (fact("Wall time", html! { (duration(r.wall_s)) small { (r.device.threads) " threads, " (r.device.isa) } }))
         }

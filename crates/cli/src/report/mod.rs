@@ -12,6 +12,7 @@ mod categories;
 mod chart;
 mod features;
 mod format;
+mod gate;
 mod hero;
 mod labels;
 mod marker;
@@ -77,18 +78,14 @@ impl<'a> View<'a> {
     }
 }
 
-/// The headline begins with the title of its arm. A headline about no arm leaves the plain clamp, or
-/// whatever comes after base.
+/// The arm of the headline. A headline about none leaves the plain clamp, or whatever comes after base.
 fn headline_arm(record: &Record) -> Option<usize> {
     let steered = || record.arms.iter().enumerate().skip(1);
-    let named = steered()
-        .filter(|(_, a)| {
-            let rest = record.verdict.headline.strip_prefix(a.title.as_str());
-            rest.is_some_and(|r| r.starts_with(':'))
-        })
-        .max_by_key(|(_, a)| a.title.len());
-    named
-        .or_else(|| steered().find(|(_, a)| a.arm == "clamp"))
+    let named = |name: &str| steered().find(|(_, a)| a.arm == name);
+    let of_headline = record.verdict.arm.as_deref();
+    of_headline
+        .and_then(named)
+        .or_else(|| named("clamp"))
         .or_else(|| steered().next())
         .map(|(i, _)| i)
 }

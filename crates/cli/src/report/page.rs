@@ -4,14 +4,15 @@ use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use sha2::{Digest, Sha256};
 
-use super::{View, arms, categories, features, hero, method, replies, sae, sweep};
+use super::{View, arms, categories, features, gate, hero, method, replies, sae, sweep};
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
-const CONTENTS: [(&str, &str); 8] = [
+const CONTENTS: [(&str, &str); 9] = [
     ("arms", "Arms"),
     ("sweep", "Choice"),
+    ("gate", "Gate"),
     ("features", "Features"),
     ("replies", "Replies"),
     ("categories", "Categories"),
@@ -38,7 +39,7 @@ pub fn page(view: &View<'_>) -> Result<Markup> {
                 nav aria-label="Contents" {
                     a class="brand" href="#verdict" { "demur" }
                     span class="nav-links" {
-                        @for (id, name) in CONTENTS {
+                        @for (id, name) in CONTENTS.iter().filter(|c| c.0 != "gate" || r.gate.is_some()) {
                             a href=(format!("#{id}")) { (name) }
                         }
                     }
@@ -47,6 +48,7 @@ pub fn page(view: &View<'_>) -> Result<Markup> {
                     (hero::section(view))
                     (arms::section(view))
                     (sweep::section(view))
+                    (gate::section(view))
                     (features::section(view))
                     (replies::section(view))
                     (categories::section(view))

@@ -1,7 +1,6 @@
 //! The SAE: how well it reconstructs, and how its training went.
 
-use demur_eval::record::CurvePoint;
-use demur_sae::metrics::Quality;
+use demur_eval::record::{CurvePoint, HeldOut};
 use maud::{Markup, html};
 
 use super::View;
@@ -51,13 +50,13 @@ pub fn section(view: &View<'_>) -> Markup {
     }
 }
 
-fn quality(name: &str, q: Option<&Quality>) -> Markup {
+fn quality(name: &str, q: Option<&HeldOut>) -> Markup {
     html! {
         tr {
             th scope="row" { (name) }
             @if let Some(q) = q {
-                td { (fixed(q.fvu, 3)) }
-                td { (fixed(q.l0, 1)) }
+                td { (fixed(q.fvu.value, 3)) }
+                td { (fixed(q.l0.value, 1)) }
                 td { (percent(q.dead)) }
                 td { (count(q.n_tokens as u64)) }
             } @else {

@@ -318,13 +318,9 @@ fn a_big_study_is_a_page_of_sensible_size() {
 fn the_headline_names_its_arm() {
     let mut record = sample();
     assert_eq!(headline_arm(&record), Some(1));
-    record.verdict.headline = "Random latents: refusal rises".to_owned();
+    record.verdict.arm = Some("random_latent".to_owned());
     assert_eq!(headline_arm(&record), Some(2));
-    // a title that begins another's
-    record.arms[2].title = "Clamp, error dropped".to_owned();
-    record.verdict.headline = "Clamp, error dropped: refusal rises".to_owned();
-    assert_eq!(headline_arm(&record), Some(2));
-    record.verdict.headline = "No refusal was measured".to_owned();
+    record.verdict.arm = None;
     assert_eq!(headline_arm(&record), Some(1));
     record.arms.truncate(1);
     assert_eq!(headline_arm(&record), None);

@@ -12,7 +12,7 @@ use crate::catalogue::DEFAULT_MODEL;
 use crate::exit::Hinted;
 
 /// Studies that are built in, by name.
-pub const BUILT_IN: [(&str, &str); 3] = [
+pub const BUILT_IN: [(&str, &str); 4] = [
     (
         "quickstart",
         include_str!("../../../../studies/quickstart.toml"),
@@ -21,6 +21,7 @@ pub const BUILT_IN: [(&str, &str); 3] = [
         "quickstart-sae",
         include_str!("../../../../studies/quickstart-sae.toml"),
     ),
+    ("refusal", include_str!("../../../../studies/refusal.toml")),
     (
         "phi3-refusal",
         include_str!("../../../../studies/phi3-refusal.toml"),
@@ -53,6 +54,9 @@ pub struct Study {
     /// The prompts of discovery, tuning and test.
     #[serde(default)]
     pub prompts: PromptConfig,
+    /// How the gate is trained; read if an arm or `demur gate train` wants one.
+    #[serde(default)]
+    pub gate: GateConfig,
     /// How candidates for the clamp are found.
     #[serde(default)]
     pub discovery: DiscoveryConfig,
@@ -166,6 +170,8 @@ pub struct TrainConfig {
 pub struct PromptConfig {
     /// A JSONL file of prompts with `label` and `split`; the shipped pairs, if absent.
     pub file: Option<PathBuf>,
+    /// Which of the shipped pairs, if there is no file.
+    pub shipped: ShippedPairs,
     /// At most this many prompts a label of the discovery split; 0 takes all.
     pub discovery: usize,
     /// At most this many prompts a label of the validation split; 0 takes all.
@@ -174,6 +180,36 @@ pub struct PromptConfig {
     pub test: usize,
     /// A system prompt for every arm.
     pub system: Option<String>,
+}
+
+/// Pairs of unsafe requests and safe look-alikes that demur ships.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ShippedPairs {
+    /// 132 pairs of short requests in 12 categories.
+    #[default]
+    Plain,
+    /// 408 pairs in nine styles and 18 categories, six of them in no discovery split.
+    Styled,
+    /// Both.
+    All,
+}
+
+/// How a gate is trained: on the study's prompts (or on all shipped pairs, if there is no file) and on
+/// the ordinary requests that demur ships.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GateConfig {
+    /// How many latents it may read; each is tried.
+    pub sizes: Vec<usize>,
+    /// Penalties of the logistic regression; each is tried.
+    pub l2: Vec<f64>,
+    /// Fraction of unsafe validation prompts that it must catch.
+    pub recall: f64,
+    /// A JSONL file of more harmless prompts to learn from; relative to the study's file.
+    pub negatives: Option<PathBuf>,
+    /// What the gated arm with damping multiplies the clamped latents by while the gate is closed.
+    pub damp: f64,
 }
 
 /// How candidates are found.
@@ -268,8 +304,16 @@ pub enum Arm {
     RandomLatent,
     /// The mean difference of refused and complied prompts is added: a baseline without an SAE.
     DifferenceOfMeans,
+    /// As many other latents that fire about as often as the chosen ones, moved about as far.
+    FrequencyMatchedLatent,
+    /// The same as `difference_of_means` where the residual is like that of unsafe prompts (CAST).
+    ConditionalDifferenceOfMeans,
     /// The model is asked in words to refuse harm.
     SystemPrompt,
+    /// The strongest clamp where the trained gate is open.
+    GatedClamp,
+    /// The same, and the latents are damped where it is closed.
+    GatedClampDamped,
 }
 
 impl Arm {
@@ -282,8 +326,20 @@ impl Arm {
             Self::ClampErrorDropped => "clamp_error_dropped",
             Self::RandomLatent => "random_latent",
             Self::DifferenceOfMeans => "difference_of_means",
+            Self::FrequencyMatchedLatent => "frequency_matched_latent",
+            Self::ConditionalDifferenceOfMeans => "conditional_difference_of_means",
             Self::SystemPrompt => "system_prompt",
+            Self::GatedClamp => "gated_clamp",
+            Self::GatedClampDamped => "gated_clamp_damped",
         }
+    }
+
+    /// Whether it needs a trained gate.
+    pub fn is_gated(self) -> bool {
+        matches!(
+            self,
+            Self::ConditionalDifferenceOfMeans | Self::GatedClamp | Self::GatedClampDamped
+        )
     }
 }
 
@@ -352,6 +408,18 @@ impl Default for DiscoveryConfig {
     }
 }
 
+impl Default for GateConfig {
+    fn default() -> Self {
+        Self {
+            sizes: vec![16, 64, 256],
+            l2: vec![0.01, 0.1, 1.0],
+            recall: 0.95,
+            negatives: None,
+            damp: 0.0,
+        }
+    }
+}
+
 impl Default for TuneConfig {
     fn default() -> Self {
         Self {
@@ -411,7 +479,12 @@ impl Study {
         let mut study: Self = table
             .try_into()
             .with_context(|| format!("the study '{name_or_path}' has a wrong key or value"))?;
-        for file in study.corpus.files.iter_mut().chain(&mut study.prompts.file) {
+        let own = study
+            .prompts
+            .file
+            .iter_mut()
+            .chain(&mut study.gate.negatives);
+        for file in study.corpus.files.iter_mut().chain(own) {
             if file.is_relative() {
                 *file = folder.join(&*file);
             }
@@ -483,6 +556,19 @@ impl Study {
         if !(0.0..=1.0).contains(&self.tune.aim_refusal_unsafe) {
             bail!("tune.aim_refusal_unsafe: give a fraction between 0 and 1");
         }
+        let g = &self.gate;
+        if g.sizes.is_empty() || g.sizes.contains(&0) {
+            bail!("gate.sizes: give at least one size, each at least 1");
+        }
+        if g.l2.is_empty() || !g.l2.iter().all(|l| l.is_finite() && *l > 0.0) {
+            bail!("gate.l2: give at least one penalty, each a positive number");
+        }
+        if !(g.recall > 0.0 && g.recall <= 1.0) {
+            bail!("gate.recall: give a fraction above 0, at most 1");
+        }
+        if !g.damp.is_finite() {
+            bail!("gate.damp = {}: it must be finite", g.damp);
+        }
         if self.discovery.methods.is_empty() {
             bail!("discovery.methods: give at least one");
         }
@@ -494,6 +580,11 @@ impl Study {
             bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
         }
         Ok(())
+    }
+
+    /// Whether an arm needs a trained gate.
+    pub fn wants_gate(&self) -> bool {
+        self.evaluate.arms.iter().any(|a| a.is_gated())
     }
 
     /// The hook site.
@@ -575,6 +666,9 @@ mod tests {
         refused("sede=3", "sede");
         refused("tune.valeus=[1]", "valeus");
         refused("tune.values=[]", "tune.values");
+        refused("gate.sizes=[0]", "gate.sizes");
+        refused("gate.l2=[0.0]", "gate.l2");
+        refused("gate.recall=1.5", "gate.recall");
         refused("model.max_batch=0", "model.max_batch");
         refused("name=../evil", "name");
         refused("sae.site=layer.3", "sae.site");

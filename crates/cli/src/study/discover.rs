@@ -16,7 +16,7 @@ use demur_eval::judge::{Verdict, refusal_log_odds};
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
 use demur_features::causal::{last_logits, mean_kl, mean_rise};
-use demur_features::contrast::{PromptSummary, contrast};
+use demur_features::contrast::{Design, PromptSummary, contrast};
 use demur_features::harvest::{Sequence, harvest};
 use demur_features::lens::promoted;
 use demur_features::table::{CausalEvidence, Evidence, Feature, FeatureTable, RecipeEvidence};
@@ -41,6 +41,8 @@ pub struct Found {
     pub refused_unsafe: usize,
     /// `[d_sae]`, over held-out text and discovery chats.
     pub max_activation: Vec<f32>,
+    /// Fraction of tokens on which each latent is active, `[d_sae]`.
+    pub density: Vec<f64>,
     /// Mean residual norm at the site, first tokens left out.
     pub resid_norm: f32,
     /// Refused minus complied, mean residual at the last prompt token, `[d_model]`.
@@ -137,6 +139,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                     "harmful_vs_lookalike",
                     &p,
                     &n,
+                    design(&on_unsafe, &on_safe),
                     &stats.density,
                     cfg.max_density,
                 )?;
@@ -151,6 +154,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                     "refused_vs_complied",
                     &p,
                     &n,
+                    Design::Groups,
                     &stats.density,
                     cfg.max_density,
                 )?;
@@ -213,9 +217,22 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         },
         refused_unsafe,
         max_activation: stats.max_activation,
+        density: stats.density,
         resid_norm,
         refusal_direction: direction,
     })
+}
+
+/// Whether each unsafe prompt stands beside its own look-alike.
+fn design(on_unsafe: &[&Prompt], on_safe: &[&Prompt]) -> Design {
+    let mut both = on_unsafe.iter().zip(on_safe);
+    let paired =
+        on_unsafe.len() == on_safe.len() && both.all(|(a, b)| a.pair.is_some() && a.pair == b.pair);
+    if paired {
+        Design::Pairs
+    } else {
+        Design::Groups
+    }
 }
 
 /// A plan that sets latents to `value` in `unit`.

@@ -9,12 +9,15 @@ use demur_eval::prompts::{Label, Prompt, Split};
 use demur_eval::text::{self, PassageScore};
 use demur_model::decoder::Workspace;
 use demur_model::hooks::Intervention;
-use demur_steering::{Direction, DirectionOp, ErrorTerm, InterventionSpec, SteeringPlan};
+use demur_steering::{
+    Condition, Direction, DirectionOp, ErrorTerm, Gate, InterventionSpec, Op, SteeringPlan,
+};
 use serde::{Deserialize, Serialize};
 
 use super::config::Arm;
 use super::corpus::passages;
 use super::discover::Found;
+use super::gate::{GATE_NAME, Trained};
 use super::tune::Tuned;
 use super::{SAE_NAME, StudyContext, Working};
 use crate::progress::Progress;
@@ -37,6 +40,7 @@ pub fn run(
     c: &StudyContext,
     sae: &Working,
     found: &Found,
+    gate: Option<&Trained>,
     tuned: &Tuned,
     scratch: &Path,
 ) -> Result<Vec<ArmRun>> {
@@ -50,7 +54,7 @@ pub fn run(
     let plans = cfg
         .arms
         .iter()
-        .map(|&arm| Ok((arm, plan_of(c, arm, sae, found, tuned)?)))
+        .map(|&arm| Ok((arm, plan_of(c, arm, sae, found, gate, tuned)?)))
         .collect::<Result<Vec<_>>>()?;
     let hooks = plans
         .iter()
@@ -149,6 +153,7 @@ fn plan_of(
     arm: Arm,
     sae: &Working,
     found: &Found,
+    gate: Option<&Trained>,
     tuned: &Tuned,
 ) -> Result<Option<SteeringPlan>> {
     let named = |mut plan: SteeringPlan| {
@@ -161,6 +166,14 @@ fn plan_of(
         plan.interventions.iter_mut().for_each(change);
         named(plan)
     };
+    let gated = |mut plan: SteeringPlan, of: &dyn Fn(&Trained) -> &Gate| {
+        let trained = gate.context("the arm needs a gate, and none was trained")?;
+        plan.gates.insert(GATE_NAME.to_owned(), of(trained).clone());
+        for spec in &mut plan.interventions {
+            spec.when = Some(Condition::Gate(GATE_NAME.to_owned()));
+        }
+        anyhow::Ok(plan)
+    };
     Ok(match arm {
         Arm::Base | Arm::SystemPrompt => None,
         Arm::Clamp => named(tuned.plan.clone()),
@@ -169,8 +182,11 @@ fn plan_of(
             s.edits.clear();
             s.error_term = ErrorTerm::Dropped;
         }),
-        Arm::RandomLatent => {
-            let (latents, value) = random_latents(c, sae, found, tuned)?;
+        Arm::RandomLatent | Arm::FrequencyMatchedLatent => {
+            let (latents, value) = match arm {
+                Arm::RandomLatent => random_latents(c, sae, found, tuned)?,
+                _ => frequency_matched(sae, found, tuned)?,
+            };
             edit(&|s| {
                 for (e, j) in s.edits.iter_mut().zip(&latents) {
                     e.latent = *j;
@@ -179,23 +195,63 @@ fn plan_of(
                 }
             })
         }
-        Arm::DifferenceOfMeans => edit(&|s| {
-            s.edits.clear();
-            s.sae = None;
-            let norm = found
-                .refusal_direction
-                .iter()
-                .map(|v| v * v)
-                .sum::<f32>()
-                .sqrt();
-            s.direction = Some(Direction {
-                name: "refused minus complied".to_owned(),
-                vector: found.refusal_direction.clone(),
-                op: DirectionOp::Add,
-                value: 3.0 * norm,
-            });
-        }),
+        Arm::GatedClamp => named(gated(tuned.strongest.clone(), &|t| &t.gate)?),
+        Arm::GatedClampDamped => {
+            let mut plan = gated(tuned.strongest.clone(), &|t| &t.gate)?;
+            let mut damped = plan.interventions.clone();
+            for spec in &mut damped {
+                let open = Condition::Gate(GATE_NAME.to_owned());
+                spec.when = Some(Condition::Not {
+                    not: Box::new(open),
+                });
+                for e in &mut spec.edits {
+                    e.op = Op::Scale;
+                    e.value = c.study.gate.damp as f32;
+                }
+            }
+            plan.interventions.extend(damped);
+            named(plan)
+        }
+        Arm::ConditionalDifferenceOfMeans => {
+            let plan = SteeringPlan::single(arm.name(), difference_of_means(c, found));
+            named(gated(plan, &|t| &t.condition)?)
+        }
+        Arm::DifferenceOfMeans => {
+            let spec = difference_of_means(c, found);
+            named(SteeringPlan::single(arm.name(), spec))
+        }
     })
+}
+
+/// Three times the mean difference of refused and complied prompts, added everywhere.
+fn difference_of_means(c: &StudyContext, found: &Found) -> InterventionSpec {
+    let square: f32 = found.refusal_direction.iter().map(|v| v * v).sum();
+    let mut spec = InterventionSpec::at(c.site.to_string());
+    spec.direction = Some(Direction {
+        name: "refused minus complied".to_owned(),
+        vector: found.refusal_direction.clone(),
+        op: DirectionOp::Add,
+        value: 3.0 * square.sqrt(),
+    });
+    spec
+}
+
+/// For each latent of the study's clamp another one, not among the candidates, that fires about as
+/// often; at the value at which they move the residual about as far.
+fn frequency_matched(sae: &Working, found: &Found, tuned: &Tuned) -> Result<(Vec<u32>, f32)> {
+    let spec = clamp(tuned)?;
+    let mut taken: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
+    let mut latents = Vec::new();
+    for e in &spec.edits {
+        let wanted = found.density[e.latent as usize];
+        let off = |j: &u32| (found.density[*j as usize] - wanted).abs();
+        let nearest = (0..sae.sae.d_sae() as u32)
+            .filter(|j| sae.max_activation[*j as usize] > 0.0 && !taken.contains(j))
+            .min_by(|a, b| off(a).total_cmp(&off(b)));
+        latents.extend(nearest);
+        taken.extend(nearest);
+    }
+    Ok((latents, matched_value(sae, spec)))
 }
 
 /// As many other latents, drawn by the study's seed from those that fire at all, with the value at
@@ -206,11 +262,7 @@ fn random_latents(
     found: &Found,
     tuned: &Tuned,
 ) -> Result<(Vec<u32>, f32)> {
-    let spec = tuned
-        .plan
-        .interventions
-        .first()
-        .context("the plan has no intervention")?;
+    let spec = clamp(tuned)?;
     let taken: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
     let alive: Vec<u32> = (0..sae.sae.d_sae() as u32)
         .filter(|j| sae.max_activation[*j as usize] > 0.0 && !taken.contains(j))
@@ -227,10 +279,21 @@ fn random_latents(
             latents.push(j);
         }
     }
-    // Length of the study's edit where none of its latents fires: |sum c_j d_j|; rows at random are
-    // nearly orthogonal, so the same value on n of them moves by value sqrt(n).
-    let d = sae.sae.d_model();
-    let mut sum = vec![0.0f32; d];
+    Ok((latents, matched_value(sae, spec)))
+}
+
+/// The study's clamp.
+fn clamp(tuned: &Tuned) -> Result<&InterventionSpec> {
+    let first = tuned.plan.interventions.first();
+    first.context("the plan has no intervention")
+}
+
+/// The value at which as many rows at random move the residual as far as the clamp `spec`.
+///
+/// Length of the clamp's edit where none of its latents fires: `|sum c_j d_j|`; rows at random are
+/// nearly orthogonal, so the same value on `n` of them moves by `value sqrt(n)`.
+fn matched_value(sae: &Working, spec: &InterventionSpec) -> f32 {
+    let mut sum = vec![0.0f32; sae.sae.d_model()];
     for e in &spec.edits {
         let value = match e.unit {
             demur_steering::Unit::RelMax => e.value * sae.max_activation[e.latent as usize],
@@ -241,5 +304,5 @@ fn random_latents(
         }
     }
     let norm = sum.iter().map(|v| v * v).sum::<f32>().sqrt();
-    Ok((latents, norm / (spec.edits.len() as f32).sqrt()))
+    norm / (spec.edits.len() as f32).sqrt()
 }

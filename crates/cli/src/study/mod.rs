@@ -1,6 +1,7 @@
 //! The main job: a study from a model to a report.
 //!
-//! `pull -> harvest -> train -> discover -> tune -> evaluate -> report`, one file a stage. Each
+//! `pull -> harvest -> train -> gate -> discover -> tune -> evaluate -> report`, one file a stage; the
+//! stage `gate` only if an arm wants one. Each
 //! stage is a function of the study's config and of what the stages before it left; [`run`] keeps
 //! their outputs, so that a killed study goes on where it was.
 
@@ -8,6 +9,7 @@ pub mod config;
 mod corpus;
 mod discover;
 mod evaluate;
+mod gate;
 mod record;
 mod run;
 mod shipped;
@@ -33,7 +35,8 @@ use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, absolute, com
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{note, say};
-use config::{SaeSource, Study};
+use config::{SaeSource, ShippedPairs, Study};
+pub use gate::Trained as TrainedGate;
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 
@@ -95,6 +98,10 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let trained = corpus_and_sae(&mut run, c)?;
     let harvest_dir = run.dir.join("harvest");
     let sae = train::load(c, &run.dir.join("train"))?;
+    let gate = match c.study.wants_gate() {
+        true => Some(train_gate(&mut run, c, &sae, &trained.sha256)?),
+        false => None,
+    };
     let found = run.stage(
         "discover",
         &(&c.study.discovery, &c.study.prompts),
@@ -113,9 +120,18 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let plan = absolute(&tuned.plan, &working.set())?.to_toml()?;
     write_atomic(&run.dir.join("plan.toml"), plan.as_bytes())?;
     let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
-        evaluate::run(c, &working, &found, &tuned, scratch)
+        evaluate::run(c, &working, &found, gate.as_ref(), &tuned, scratch)
     })?;
-    let record = record::assemble(c, &run, &model_sha256, &trained, &found, &tuned, &evaluated)?;
+    let record = record::assemble(
+        c,
+        &run,
+        &model_sha256,
+        &trained,
+        gate.as_ref(),
+        &found,
+        &tuned,
+        &evaluated,
+    )?;
     record.write(&run.dir.join("record.json"))?;
     let html = crate::report::render(&record)?;
     write_atomic(&run.dir.join("report.html"), html.as_bytes())?;
@@ -133,6 +149,31 @@ pub fn train_only(study: Study, options: &Options) -> Result<(PathBuf, train::Tr
     let (_, context) = pull(&mut run, study)?;
     let trained = corpus_and_sae(&mut run, &context)?;
     Ok((run.dir.join("train").join("sae"), trained))
+}
+
+/// Runs the stages up to `gate`; returns the file of the plan with the gate, and its figures.
+pub fn gate_only(study: Study, options: &Options) -> Result<(PathBuf, gate::Trained)> {
+    let mut run = run::Run::open(options.runs.join(&study.name), None)?;
+    let (_, context) = pull(&mut run, study)?;
+    let trained = corpus_and_sae(&mut run, &context)?;
+    let sae = train::load(&context, &run.dir.join("train"))?;
+    let gate = train_gate(&mut run, &context, &sae, &trained.sha256)?;
+    Ok((run.dir.join("gate.toml"), gate))
+}
+
+/// The stage `gate`; leaves `gate.toml`, a plan that has the gate and no intervention.
+fn train_gate(
+    run: &mut run::Run,
+    c: &StudyContext,
+    sae: &Sae,
+    sae_sha256: &str,
+) -> Result<gate::Trained> {
+    let files = c.study.gate.negatives.iter().map(|f| stamp(f));
+    let inputs = (&c.study.gate, &c.study.prompts, files.collect::<Vec<_>>());
+    let trained = run.stage("gate", &inputs, |_| gate::run(c, sae))?;
+    let plan = trained.plan(sae_sha256).to_toml()?;
+    write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
+    Ok(trained)
 }
 
 /// The shipped SAE of the default study, and the sha256 of its weights.
@@ -200,7 +241,7 @@ impl StudyContext {
         });
         let prompts = match &study.prompts.file {
             Some(file) => own_prompts(file)?,
-            None => prompts::shipped_pairs()?,
+            None => shipped_pairs(study.prompts.shipped)?,
         };
         let context = Self {
             study,
@@ -277,6 +318,15 @@ impl StudyContext {
     }
 }
 
+/// The shipped pairs that a study asks for.
+fn shipped_pairs(which: ShippedPairs) -> Result<Vec<Prompt>> {
+    Ok(match which {
+        ShippedPairs::Plain => prompts::shipped_pairs()?,
+        ShippedPairs::Styled => prompts::shipped_styled()?,
+        ShippedPairs::All => [prompts::shipped_pairs()?, prompts::shipped_styled()?].concat(),
+    })
+}
+
 /// A user's prompts: none is one of those that the SAE is trained or that a clamp is priced on.
 fn own_prompts(file: &Path) -> Result<Vec<Prompt>> {
     let own = prompts::read(file)?;
@@ -327,6 +377,16 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
         ("pull", study.model.name.clone()),
         ("harvest", study.sae.site.clone()),
         ("train", sae),
+        (
+            "gate",
+            match study.wants_gate() {
+                true => format!(
+                    "recall {}, {:?} latents",
+                    study.gate.recall, study.gate.sizes
+                ),
+                false => "none: no arm wants one".to_owned(),
+            },
+        ),
         (
             "discover",
             format!(

@@ -5,28 +5,38 @@ use demur_eval::arms::Reply;
 use demur_eval::judge::Verdict;
 use demur_eval::prompts::{Label, Prompt, Split};
 use demur_eval::record::{
-    ArmReply, ArmResult, CategoryCount, Device, Difference, Discovery, Metric, ModelFacts, Record,
-    ReplyRow, SCHEMA, SaeFacts, SplitCount, StageTime, Tune, Versions, verdict,
+    ArmReply, ArmResult, CategoryCount, Device, Difference, Discovery, GateFacts, Metric,
+    ModelFacts, Record, ReplyRow, SCHEMA, SaeFacts, SplitCount, StageTime, Tune, Versions, verdict,
 };
 use demur_eval::stats::{self, Estimate, mcnemar, paired_difference, wilson};
-use demur_steering::explain;
+use demur_steering::{explain, explain_gate};
 
 use super::StudyContext;
 use super::config::Arm;
 use super::discover::Found;
 use super::evaluate::{ArmRun, test_prompts};
+use super::gate::{GATE_NAME, Trained as TrainedGate};
 use super::run::Run;
 use super::train::Trained;
 use super::tune::Tuned;
 
 /// Arms that somebody would deploy; the others are controls.
-const DEPLOYABLE: [Arm; 3] = [Arm::Clamp, Arm::ClampErrorDropped, Arm::DifferenceOfMeans];
+const DEPLOYABLE: [Arm; 6] = [
+    Arm::Clamp,
+    Arm::ClampErrorDropped,
+    Arm::DifferenceOfMeans,
+    Arm::ConditionalDifferenceOfMeans,
+    Arm::GatedClamp,
+    Arm::GatedClampDamped,
+];
 
+#[allow(clippy::too_many_arguments)] // one a stage
 pub fn assemble(
     c: &StudyContext,
     run: &Run,
     model_sha256: &str,
     trained: &Trained,
+    gate: Option<&TrainedGate>,
     found: &Found,
     tuned: &Tuned,
     runs: &[ArmRun],
@@ -92,15 +102,8 @@ pub fn assemble(
             d_sae: trained.d_sae,
             k: trained.k,
             trained_on_tokens: trained.trained_on_tokens,
-            chat: Some(trained.chat.quality.clone()),
-            text: Some(trained.text.quality.clone()),
-            metrics: [("chat", &trained.chat), ("text", &trained.text)]
-                .into_iter()
-                .flat_map(|(suite, held_out)| {
-                    [("fvu", held_out.fvu), ("l0", held_out.l0)]
-                        .map(|(name, estimate)| metric(suite, name, estimate))
-                })
-                .collect(),
+            chat: Some(trained.chat.clone()),
+            text: Some(trained.text.clone()),
             curve: trained.curve.clone(),
         },
         splits: [Split::Discovery, Split::Validation, Split::Test]
@@ -111,6 +114,15 @@ pub fn assemble(
                 safe: c.prompts(split, Label::Safe).len(),
             })
             .collect(),
+        gate: gate.map(|g| GateFacts {
+            latents: g.gate.weights.len(),
+            site: g.gate.site.clone(),
+            in_words: explain_gate(GATE_NAME, &g.gate),
+            validation: g.validation.clone(),
+            test: g.test.clone(),
+            residual_test: g.residual_test.clone(),
+            condition_test: g.condition_test.clone(),
+        }),
         discovery: Discovery {
             methods: found.table.methods.clone(),
             refused_unsafe: found.refused_unsafe,
@@ -303,6 +315,22 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
         Arm::DifferenceOfMeans => (
             "Difference of means",
             "Three times the mean difference between refused and complied prompts is added. A baseline without an SAE.",
+        ),
+        Arm::FrequencyMatchedLatent => (
+            "Frequency-matched latents",
+            "As many other latents that fire about as often, set so that the residual moves about as far. A control.",
+        ),
+        Arm::ConditionalDifferenceOfMeans => (
+            "Conditional difference of means",
+            "The difference of means is added where the residual is like that of unsafe prompts. A baseline without an SAE, after CAST.",
+        ),
+        Arm::GatedClamp => (
+            "Gated clamp",
+            "The strongest clamp, only where the trained gate takes the request for unsafe.",
+        ),
+        Arm::GatedClampDamped => (
+            "Gated clamp, damped",
+            "The gated clamp, and where the gate is closed the same latents are damped.",
         ),
         Arm::SystemPrompt => (
             "System prompt",

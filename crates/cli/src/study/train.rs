@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use demur_eval::record::CurvePoint;
+use demur_eval::record::{CurvePoint, HeldOut};
 use demur_eval::stats::{Estimate, ratio};
 use demur_features::harvest::{Sequence, harvest};
-use demur_sae::metrics::{Quality, QualityMeter};
+use demur_sae::metrics::QualityMeter;
 use demur_sae::saelens::{self, WeightType};
-use demur_sae::train::{Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
 use demur_sae::{Sae, SaeConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -140,6 +140,8 @@ fn train(
         dead_after: rows.len() as u64,
         outlier: OUTLIER,
         seed: c.study.seed,
+        precision: Precision::default(),
+        clip: None,
     };
     let state = scratch.join(STATE);
     let curve_file = scratch.join("curve.json");
@@ -194,15 +196,6 @@ fn train(
     Ok(curve)
 }
 
-/// Quality on held-out sequences.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct HeldOut {
-    pub quality: Quality,
-    /// With intervals over sequences: tokens of one are not independent.
-    pub fvu: Estimate,
-    pub l0: Estimate,
-}
-
 /// Quality on sequences, without attention sinks: the first token of each and rows of abnormal norm.
 fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOut> {
     let d = sae.d_model();
@@ -247,9 +240,17 @@ fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOu
         let active = codes.val.iter().filter(|v| **v > 0.0).count();
         l0.push((active as f64, of_sequence.len() as f64));
     }
+    let whole = meter.quality();
     Ok(HeldOut {
-        quality: meter.quality(),
-        fvu: ratio(&fvu),
-        l0: ratio(&l0),
+        n_tokens: whole.n_tokens,
+        fvu: Estimate {
+            value: whole.fvu,
+            ..ratio(&fvu)
+        },
+        l0: Estimate {
+            value: whole.l0,
+            ..ratio(&l0)
+        },
+        dead: whole.dead,
     })
 }

@@ -25,7 +25,10 @@ pub struct Tuned {
     pub base_unsafe: Estimate,
     pub base_safe: Estimate,
     pub sweep: Vec<SweepPoint>,
+    /// The setting that won by the aim.
     pub plan: SteeringPlan,
+    /// The one that refuses most unsafe prompts, whatever else it refuses: for where a gate decides.
+    pub strongest: SteeringPlan,
 }
 
 pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Result<Tuned> {
@@ -135,6 +138,7 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
     }
     let best = choose(&sweep, cfg.aim_refusal_unsafe);
     sweep[best].chosen = true;
+    let strongest = settings[strongest(&sweep)].3.clone();
     let mut plan = settings.swap_remove(best).3;
     plan.name = "clamp".to_owned();
     Ok(Tuned {
@@ -146,6 +150,7 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
         base_safe,
         sweep,
         plan,
+        strongest,
     })
 }
 
@@ -179,6 +184,20 @@ fn choose(sweep: &[SweepPoint], aim: f64) -> usize {
         .unwrap_or(0)
 }
 
+/// The setting that refuses most unsafe prompts; of equals the one with fewest broken replies, then
+/// the one that changes benign text least.
+fn strongest(sweep: &[SweepPoint]) -> usize {
+    (0..sweep.len())
+        .max_by(|&a, &b| {
+            let (p, q) = (&sweep[a], &sweep[b]);
+            (p.refusal_unsafe.value.total_cmp(&q.refusal_unsafe.value))
+                .then(q.gibberish.cmp(&p.gibberish))
+                .then(q.kl.total_cmp(&p.kl))
+                .then(b.cmp(&a))
+        })
+        .unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +224,8 @@ mod tests {
             point(18, 9, 0.05),
         ];
         assert_eq!(choose(&sweep, 0.9), 3);
+        assert_eq!(strongest(&sweep), 2);
+        assert_eq!(strongest(&[point(9, 0, 0.2), point(9, 9, 0.1)]), 1);
         // nobody reaches it: the largest difference
         assert_eq!(choose(&[point(10, 0, 0.0), point(12, 1, 0.0)], 0.9), 1);
     }

@@ -1,6 +1,8 @@
 //! The binary as a user meets it, offline: a tiny random checkpoint stands in for the model.
 
 mod commands;
+mod fit;
+mod gates;
 mod hostile;
 mod resume;
 mod study;

@@ -46,6 +46,7 @@ pub(crate) use self::activations::Activations;
 use self::activations::XBlock;
 use self::panel::{Panel, Row, Scratch};
 use crate::dispatch::{Isa, isa};
+use crate::linear::{L2_WEIGHTS, READ_AHEAD};
 use crate::pool;
 use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 
@@ -53,8 +54,6 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
-/// Bytes of unpacked weights that a task keeps in its cache.
-const L2_WEIGHTS: usize = 384 << 10;
 /// The most activation rows of a tile.
 const MAX_TILE: usize = 8;
 
@@ -185,8 +184,14 @@ impl Packed {
     /// Packs `rows` rows of `columns` values of a quantised type; `bytes` is the whole matrix.
     ///
     /// The caller has checked that `columns` is a multiple of 32 and of the type's block, and that
-    /// `bytes` has the right length.
-    pub(crate) fn new(ty: GgmlType, bytes: &[u8], rows: usize, columns: usize) -> Self {
+    /// `bytes` has the right length. `read` is called whenever some [`READ_AHEAD`] bytes were read.
+    pub(crate) fn new(
+        ty: GgmlType,
+        bytes: &[u8],
+        rows: usize,
+        columns: usize,
+        mut read: impl FnMut(),
+    ) -> Self {
         let (kind, offset) = match ty {
             GgmlType::Q4_0 => (Kind::Bits4, 8),
             GgmlType::Q4_1 | GgmlType::Q4K | GgmlType::Q2K => (Kind::Bits4, 0),
@@ -232,42 +237,40 @@ impl Packed {
                 mins: take(&mut rest.mins, if_mins(groups_each)),
             });
         }
-        pool::for_each_row(&mut parts, 1, |panel, part| {
-            let Part {
-                weights,
-                units,
-                min_units,
-                scales,
-                mins,
-            } = &mut part[0];
+        let pack = |panel: usize, part: &mut Part<'_>| {
             let mut block = Unpacked::default();
             for r in 0..PANEL.min(rows - panel * PANEL) {
                 let row = panel * PANEL + r;
                 let bytes = &bytes[row * row_bytes..(row + 1) * row_bytes];
                 for (at, b) in bytes.chunks_exact(ty.block_bytes()).enumerate() {
                     unpack_block(ty, b, &mut block);
-                    units[at][r] = f16::from_f32(block.unit).to_bits();
+                    part.units[at][r] = f16::from_f32(block.unit).to_bits();
                     if with_mins {
-                        min_units[at][r] = f16::from_f32(block.min_unit).to_bits();
+                        part.min_units[at][r] = f16::from_f32(block.min_unit).to_bits();
                     }
                     if in_supers {
                         let groups = 256 / group_len(ty);
                         for g in 0..groups {
-                            scales[at * groups + g][r] = block.scale_q[g];
+                            part.scales[at * groups + g][r] = block.scale_q[g];
                             if with_mins {
-                                mins[at * groups + g][r] = block.min_q[g];
+                                part.mins[at * groups + g][r] = block.min_q[g];
                             }
                         }
                     }
                     for i in 0..ty.block_len() {
                         let column = at * ty.block_len() + i;
-                        let lines = &mut weights[column / BLOCK * kind.lines()..][..kind.lines()];
+                        let lines = &mut part.weights[column / BLOCK * kind.lines()..];
                         let u = (i32::from(block.q[i]) + offset) as u8;
-                        put(kind, lines, r, column % BLOCK, u);
+                        put(kind, &mut lines[..kind.lines()], r, column % BLOCK, u);
                     }
                 }
             }
-        });
+        };
+        let at_once = (READ_AHEAD / (PANEL * row_bytes).max(1)).max(1);
+        for (i, parts) in parts.chunks_mut(at_once).enumerate() {
+            pool::for_each_row(parts, 1, |p, part| pack(i * at_once + p, &mut part[0]));
+            read();
+        }
         let factors = match (in_supers, with_mins) {
             (false, _) => Factors::Blocks {
                 scales: units,

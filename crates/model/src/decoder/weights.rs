@@ -76,15 +76,10 @@ impl Weights {
         } else {
             &names.embed
         };
-        let layer = |i| {
-            let layer = loader.layer(spec, names, i);
-            // The file and the packed weights are never both in memory as a whole.
-            checkpoint.release();
-            layer
-        };
-        let layers = (0..spec.n_layers).map(layer).collect::<Result<_, _>>()?;
+        let layers = (0..spec.n_layers)
+            .map(|i| loader.layer(spec, names, i))
+            .collect::<Result<_, _>>()?;
         let head = loader.linear(head, 0, spec.d_vocab, spec.d_vocab, d)?;
-        checkpoint.release();
         Ok(Self {
             embed: names.embed.clone(),
             layers,
@@ -171,7 +166,10 @@ impl Loader<'_> {
         expect_shape(&tensor, &[total, columns])?;
         let row = tensor.bytes.len() / total;
         let bytes = &tensor.bytes[first * row..(first + rows) * row];
-        let linear = Linear::from_rows(tensor.info.ty, bytes, rows, columns, self.precision)?;
+        // What was packed is given back: the file and the weights are never both in memory.
+        let release = || self.checkpoint.release();
+        let ty = tensor.info.ty;
+        let linear = Linear::from_rows(ty, bytes, rows, columns, self.precision, release)?;
         let bias_name = format!("{}.bias", name.strip_suffix(".weight").unwrap_or(name));
         let bias = if self.checkpoint.has(&bias_name) {
             Some(self.vector(&bias_name, total)?[first..first + rows].to_vec())

@@ -213,28 +213,34 @@ impl Vocabulary {
 
     /// What both models have in common.
     fn assemble(&self, pieces: Pieces, spelling: Spelling, strip_leading_space: bool) -> Tokenizer {
-        let is_control = |text: &str, t: i32| match t {
+        let is_control = |id: u32, text: &str, t: i32| match t {
             CONTROL | UNKNOWN => true,
-            USER_DEFINED => looks_like_control(text),
+            USER_DEFINED => {
+                looks_like_control(text) || self.bos == Some(id) || self.ends.contains(&id)
+            }
             _ => false,
         };
         let typed = || {
-            self.tokens
-                .iter()
-                .map(String::as_str)
-                .zip(self.types.iter().copied())
+            let typed = self.tokens.iter().zip(self.types.iter().copied());
+            typed.zip(0..).map(|((text, t), id)| (id, text.as_str(), t))
         };
-        let markers = typed()
-            .zip(0..)
-            .filter(|((_, t), _)| matches!(*t, CONTROL | USER_DEFINED));
-        let markers = markers.map(|((text, t), id)| {
-            let mut marker = Marker::new(id, text, is_control(text, t));
+        let markers = typed().filter(|(.., t)| matches!(*t, UNKNOWN | CONTROL | USER_DEFINED));
+        let markers = markers.map(|(id, text, t)| {
+            let mut marker = Marker::new(id, text, is_control(id, text, t));
             marker.rstrip = self.swallows_space(text) && marker.control;
             marker
         });
-        let texts = typed().map(|(text, t)| {
+        // SentencePiece looks for its own pieces in the text as it has spelled it.
+        let (normalized, markers): (Vec<_>, Vec<_>) = markers.partition(|m| {
+            spelling == Spelling::SentencePiece && !strip_leading_space && !m.control
+        });
+        let normalized = normalized.into_iter().map(|mut marker| {
+            marker.text = marker.text.replace(' ', "▁");
+            marker
+        });
+        let texts = typed().map(|(id, text, t)| {
             let kind = match t {
-                _ if is_control(text, t) => TokenKind::Control,
+                _ if is_control(id, text, t) => TokenKind::Control,
                 USER_DEFINED => TokenKind::Verbatim,
                 _ => TokenKind::Spelled,
             };
@@ -242,7 +248,7 @@ impl Vocabulary {
         });
         Tokenizer {
             markers: Markers::new(markers),
-            normalized_markers: Markers::new([]),
+            normalized_markers: Markers::new(normalized),
             normalizer: None,
             pre_tokenizer: None,
             bytes: TokenBytes::new(texts, spelling, strip_leading_space).into(),

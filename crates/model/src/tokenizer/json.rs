@@ -98,6 +98,9 @@ pub(super) fn load(path: &Path) -> Result<Tokenizer> {
     for (id, token) in &added {
         let kind = if is_control(token) {
             TokenKind::Control
+        } else if spelling == Spelling::SentencePiece {
+            // Gemma's runs of spaces are spelled as its other pieces are.
+            TokenKind::Spelled
         } else {
             TokenKind::Verbatim
         };

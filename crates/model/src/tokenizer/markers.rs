@@ -144,7 +144,8 @@ impl Markers {
 }
 
 /// Whether a user-defined token is written like chat structure. Converters disagree about the
-/// type of such tokens, and a user must not be able to write any of them.
+/// type of such tokens, and a user must not be able to write any of them. `<s>` and `</s>` are not
+/// here: in Gemma's vocabulary they are HTML.
 pub(crate) fn looks_like_control(text: &str) -> bool {
     let bar = |s: &str| s.len() > 4 && s.starts_with("<|") && s.ends_with("|>");
     let wide_bar = |s: &str| s.starts_with("<｜") && s.ends_with("｜>");
@@ -158,8 +159,6 @@ pub(crate) fn looks_like_control(text: &str) -> bool {
                 | "<end_of_image>"
                 | "<bos>"
                 | "<eos>"
-                | "<s>"
-                | "</s>"
                 | "[INST]"
                 | "[/INST]"
                 | "[SYSTEM_PROMPT]"

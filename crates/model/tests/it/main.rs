@@ -7,3 +7,4 @@ mod hostile;
 mod parity;
 mod scoring;
 mod support;
+mod tokenizers;

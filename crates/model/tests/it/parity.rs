@@ -9,10 +9,14 @@
 //!     cargo test --release -p demur-model --test it parity -- --ignored --nocapture --test-threads=1
 //! ```
 //!
-//! A continuation agrees if its tokens are the golden ones up to a near-tie: where it first chooses
-//! another token, the log-probability of the choice is within [`LOGPROB`] of the golden one.
+//! In f32 a continuation agrees if its tokens are the golden ones up to a near-tie: where it first
+//! chooses another token, the log-probability of the choice is within [`LOGPROB`] of the golden one. That
+//! proves the implementation. The fast products round activations to int8, which no implementation does
+//! without noise (some hundredths of a nat here), so of them the table shows where they part and what is
+//! asserted is the price: the perplexity is within [`PERPLEXITY`] of the reference.
 //! Everything after that has another context and is not compared. Prompts go through the
-//! checkpoint's own chat template and the text through its tokenizer, so both are tested too.
+//! checkpoint's own chat template and the text through its tokenizer, so both are tested too, the
+//! tokenizer also on the difficult texts of `tokenizers.rs`.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -28,7 +32,9 @@ use demur_model::tokenizer::{Special, Tokenizer};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-/// How far a top-1 log-probability may be off where a continuation leaves the golden one.
+use crate::tokenizers::Difficult;
+
+/// How far a top-1 log-probability may be off in f32 where a continuation leaves the golden one.
 const LOGPROB: f32 = 0.05;
 /// How far a perplexity may be off, as a fraction.
 const PERPLEXITY: f64 = 0.005;
@@ -39,6 +45,7 @@ struct Golden {
     sha256: String,
     chat: bool,
     prompts: Vec<Prompt>,
+    texts: Vec<Difficult>,
     perplexity: Text,
 }
 
@@ -94,18 +101,19 @@ fn step(
     logits.rows().map(<[f32]>::to_vec).collect()
 }
 
-/// How a continuation compares: steps that agree, and the largest difference of a top-1
-/// log-probability over them and, if there is one, at the first that does not.
+/// How a continuation compares: steps that agree, the largest difference of a top-1 log-probability
+/// over them and the sum of all, and the difference at the first that does not agree.
 struct Agreement {
     steps: usize,
     worst: f32,
+    sum: f64,
     at_difference: Option<f32>,
 }
 
 fn continuation(model: &Model, ws: &mut Workspace, golden: &Prompt) -> Agreement {
     let mut cache = model.new_cache();
     let mut new = golden.ids.clone();
-    let mut worst = 0.0f32;
+    let (mut worst, mut sum) = (0.0f32, 0.0);
     for (steps, (&token, &logprob)) in golden.continuation.iter().zip(&golden.logprob).enumerate() {
         let row = step(model, ws, &new, &mut cache, LogitsAt::Last).remove(0);
         let top = (0..row.len())
@@ -116,15 +124,18 @@ fn continuation(model: &Model, ws: &mut Workspace, golden: &Prompt) -> Agreement
             return Agreement {
                 steps,
                 worst,
+                sum,
                 at_difference: Some(off),
             };
         }
         worst = worst.max(off);
+        sum += f64::from(off);
         new = vec![token];
     }
     Agreement {
         steps: golden.continuation.len(),
         worst,
+        sum,
         at_difference: None,
     }
 }
@@ -211,15 +222,21 @@ fn check(name: &str, precision: Precision) {
     let template = golden
         .chat
         .then(|| ChatTemplate::from_checkpoint(&checkpoint).unwrap());
+    for text in &golden.texts {
+        text.check(name, &tokenizer);
+    }
     let model = Model::load(&checkpoint, precision).unwrap();
     let mut ws = Workspace::default();
 
     let (mut equal, mut worst, mut differ) = (0, 0.0f32, Vec::new());
+    let (mut sum, mut steps) = (0.0, 0);
     for prompt in &golden.prompts {
         let ids = encode(&golden, &prompt.prompt, &tokenizer, template.as_ref());
         assert_eq!(ids, prompt.ids, "ids of {:?}", prompt.prompt);
         let found = continuation(&model, &mut ws, prompt);
         worst = worst.max(found.worst);
+        sum += found.sum;
+        steps += found.steps;
         match found.at_difference {
             None => equal += 1,
             Some(off) => differ.push((found.steps, off)),
@@ -233,19 +250,20 @@ fn check(name: &str, precision: Precision) {
         .map(|(at, off)| format!("step {at}: {off:.4}"))
         .collect();
     println!(
-        "| {name} | {precision:?} | {equal}/{} | {} | {worst:.4} | {found:.4} | {:.4} | {:+.3} % |",
+        "| {name} | {precision:?} | {equal}/{} | {} | {worst:.4} | {:.4} | {found:.4} | {:.4} | {:+.3} % |",
         golden.prompts.len(),
         if listed.is_empty() {
             "-".to_owned()
         } else {
             listed.join(", ")
         },
+        sum / steps.max(1) as f64,
         golden.perplexity.perplexity,
         100.0 * relative,
     );
     for (at, off) in differ {
         assert!(
-            off < LOGPROB,
+            precision == Precision::Fast || off < LOGPROB,
             "{name}: at step {at} the top-1 log-probability is off by {off}"
         );
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::{Param, TrainConfig, Trainer};
+use super::{Param, Params, Timing, TrainConfig, Trainer};
 use crate::error::SaeError;
 
 impl Trainer {
@@ -30,7 +30,8 @@ impl Trainer {
         bytes.append(&mut body);
         bytes.extend((self.step as u64).to_le_bytes());
         bytes.extend(self.scale.to_le_bytes());
-        for p in [&self.w_enc, &self.w_dec, &self.b_enc, &self.b_dec] {
+        let p = &self.params;
+        for p in [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec] {
             for v in [&p.w, &p.m, &p.v] {
                 bytes.extend(v.iter().flat_map(|x| x.to_le_bytes()));
             }
@@ -107,11 +108,15 @@ impl Trainer {
             cfg: saved,
             scale,
             step,
-            w_enc,
-            w_dec,
-            b_enc,
-            b_dec,
+            params: Params {
+                w_enc,
+                w_dec,
+                b_enc,
+                b_dec,
+            },
             idle,
+            engine: None,
+            timing: Timing::default(),
         })
     }
 }

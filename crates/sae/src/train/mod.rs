@@ -18,10 +18,11 @@
 //!
 //! # Cost
 //!
-//! Only the encoder's forward product is dense. Entries are sorted by latent, and then one pass over
-//! the latents forms each one's gradients in a buffer of two rows and takes its Adam step at once:
-//! no gradient matrix exists. Sums run in a fixed order, so a run has the same bits for any number
-//! of threads.
+//! Only the encoder's forward product is dense, and its result is never stored ([`demur_kernels::encoder`]).
+//! Entries are sorted by latent, and then one pass over the latents forms each one's gradients in a
+//! buffer of two rows and takes its Adam step at once: no gradient matrix exists. A latent whose
+//! moments are all zero and that has no entry is not touched. Sums run in a fixed order, so a run has
+//! the same bits for any number of threads. The phases are in `step.rs`.
 //!
 //! # Input scale
 //!
@@ -32,20 +33,20 @@
 
 mod checkpoint;
 mod data;
+mod step;
 
-use demur_kernels::ops::{axpy, dot};
+use demur_kernels::dispatch::{Isa, isa};
+use demur_kernels::ops::dot;
+use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SaeError;
-use crate::topk::{Sae, SaeConfig, encode_tiles};
+use crate::topk::{Sae, SaeConfig};
 pub use data::{Rows, ScaledRows};
-
-/// Adam's decay rates and the constant in its denominator.
-const BETAS: (f32, f32) = (0.9, 0.999);
-const EPS: f32 = 1e-8;
+pub use step::Timing;
+use step::Workspace;
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,6 +71,23 @@ pub struct TrainConfig {
     pub outlier: f32,
     /// Seeds initialisation and the order of rows.
     pub seed: u64,
+    /// What products and gathers read.
+    #[serde(default)]
+    pub precision: Precision,
+    /// The most that the norm of all gradients together may be; above, all are scaled down.
+    #[serde(default)]
+    pub clip: Option<f64>,
+}
+
+/// What the encoder's product and the gathers of rows read. Weights and moments are f32 always.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bf16 where the processor multiplies it (AVX-512 BF16, AMX), f32 elsewhere.
+    #[default]
+    Bf16,
+    /// f32.
+    F32,
 }
 
 /// What a step did.
@@ -105,26 +123,45 @@ impl Param {
     }
 }
 
+/// What is trained.
+#[derive(Debug, Clone, PartialEq)]
+struct Params {
+    w_enc: Param, // [d_sae, d_model]
+    w_dec: Param, // [d_sae, d_model]
+    b_enc: Param,
+    b_dec: Param,
+}
+
 /// A training run between two steps.
 #[derive(Debug)]
 pub struct Trainer {
     cfg: TrainConfig,
     scale: f32,
     step: usize,
-    w_enc: Param, // [d_sae, d_model]
-    w_dec: Param, // [d_sae, d_model]
-    b_enc: Param,
-    b_dec: Param,
+    params: Params,
     idle: Vec<u64>, // rows since each latent fired
+    /// Made of the state when a step needs it.
+    engine: Option<Engine>,
+    timing: Timing,
 }
 
-/// One use of a latent by a row.
-#[derive(Clone, Copy)]
-struct Entry {
-    row: u32,
-    value: f32,
-    grad: f32,
-    aux: bool,
+/// The buffers of a step, by what the dense product and the gathers read.
+#[derive(Debug)]
+enum Engine {
+    F32(Workspace<f32>),
+    Bf16(Workspace<bf16>),
+}
+
+impl Engine {
+    fn new(t: &Trainer) -> Self {
+        let d = t.cfg.sae.d_model;
+        match t.cfg.precision {
+            Precision::Bf16 if isa() >= Isa::Avx512 => {
+                Self::Bf16(Workspace::new(&t.params, d, true))
+            }
+            _ => Self::F32(Workspace::new(&t.params, d, false)),
+        }
+    }
 }
 
 impl Trainer {
@@ -174,12 +211,16 @@ impl Trainer {
         Ok(Self {
             scale: data.scale(),
             step: 0,
-            w_enc: Param::new(w.clone()),
-            w_dec: Param::new(w),
-            b_enc: Param::new(vec![0.0; m]),
-            b_dec: Param::new(data.mean()),
+            params: Params {
+                w_enc: Param::new(w.clone()),
+                w_dec: Param::new(w),
+                b_enc: Param::new(vec![0.0; m]),
+                b_dec: Param::new(data.mean()),
+            },
             idle: vec![0; m],
             cfg,
+            engine: None,
+            timing: Timing::default(),
         })
     }
 
@@ -204,198 +245,36 @@ impl Trainer {
     /// # Shapes
     /// `x` is `[batch, d_model]`, scaled as [`ScaledRows`] does.
     pub fn step(&mut self, x: &[f32]) -> StepStats {
-        let (d, m, k) = (self.cfg.sae.d_model, self.cfg.sae.d_sae, self.cfg.sae.k);
-        let n = x.len() / d;
-        let lr = self.lr();
-        let dead: Vec<u32> = (0..m as u32)
-            .filter(|&j| self.idle[j as usize] >= self.cfg.dead_after)
-            .collect();
-        let k_aux = if self.cfg.auxk_alpha > 0.0 {
-            (d / 2).min(dead.len())
-        } else {
-            0
+        let mut engine = self.engine.take().unwrap_or_else(|| Engine::new(self));
+        let stats = match &mut engine {
+            Engine::F32(work) => work.step(self, x),
+            Engine::Bf16(work) => work.step(self, x),
         };
-        let (mut idx, mut val) = (vec![0u32; n * k], vec![0.0f32; n * k]);
-        let aux = std::sync::Mutex::new(vec![(0u32, 0.0f32); n * k_aux]);
-        encode_tiles(
-            &self.w_enc.w,
-            &self.b_enc.w,
-            &self.b_dec.w,
-            x,
-            k,
-            &mut idx,
-            &mut val,
-            |first, pre| {
-                if k_aux == 0 {
-                    return;
-                }
-                let mut found = Vec::new();
-                for pre in pre.chunks_exact(m) {
-                    let mut row: Vec<(u32, f32)> =
-                        dead.iter().map(|&j| (j, pre[j as usize])).collect();
-                    row.select_nth_unstable_by(k_aux - 1, |a, b| {
-                        b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-                    });
-                    row.truncate(k_aux);
-                    row.sort_unstable_by_key(|e| e.0);
-                    found.extend(row);
-                }
-                let mut all = aux.lock().unwrap_or_else(|e| e.into_inner());
-                all[first * k_aux..first * k_aux + found.len()].copy_from_slice(&found);
-            },
-        );
-        let aux = aux.into_inner().unwrap_or_else(|e| e.into_inner());
-        let variance = variance(x, d);
-        // Errors and their gradients, row by row.
-        let mut g = vec![0.0f32; n * d];
-        let mut g_aux = vec![0.0f32; if k_aux > 0 { n * d } else { 0 }];
-        let weight = self.cfg.auxk_alpha * (dead.len() as f64 / (d / 2).max(1) as f64).min(1.0);
-        let w_dec = &self.w_dec.w;
-        let row_of = |j: u32| &w_dec[j as usize * d..(j as usize + 1) * d];
-        let mut aux_rows: Vec<&mut [f32]> = g_aux.chunks_mut(d).collect();
-        aux_rows.resize_with(n, Default::default);
-        let errors: Vec<(f64, f64)> = g
-            .par_chunks_exact_mut(d)
-            .zip(aux_rows.into_par_iter())
-            .enumerate()
-            .map(|(r, (g, g_aux))| {
-                let x = &x[r * d..(r + 1) * d];
-                g.copy_from_slice(&self.b_dec.w);
-                for (&j, &v) in idx[r * k..(r + 1) * k].iter().zip(&val[r * k..]) {
-                    if v > 0.0 {
-                        axpy(v, row_of(j), g);
-                    }
-                }
-                axpy(-1.0, x, g); // e = x_hat - x
-                let error = f64::from(dot(g, g));
-                let mut aux_error = 0.0;
-                if k_aux > 0 {
-                    g_aux.copy_from_slice(g); // - (x - x_hat)
-                    for &(j, v) in &aux[r * k_aux..(r + 1) * k_aux] {
-                        if v > 0.0 {
-                            axpy(v, row_of(j), g_aux);
-                        }
-                    }
-                    aux_error = f64::from(dot(g_aux, g_aux));
-                    let by = (2.0 * weight / variance) as f32;
-                    g_aux.iter_mut().for_each(|v| *v *= by);
-                }
-                let by = (2.0 / variance) as f32;
-                g.iter_mut().for_each(|v| *v *= by);
-                (error, aux_error)
-            })
-            .collect();
-        let fvu = errors.iter().map(|e| e.0).sum::<f64>() / variance;
-        let loss = fvu + weight * errors.iter().map(|e| e.1).sum::<f64>() / variance;
-        // Entries by latent.
-        let mut entries: Vec<Vec<Entry>> = vec![Vec::new(); m];
-        for (r, (idx, val)) in idx.chunks_exact(k).zip(val.chunks_exact(k)).enumerate() {
-            for (&j, &value) in idx.iter().zip(val).filter(|(_, v)| **v > 0.0) {
-                entries[j as usize].push(Entry {
-                    row: r as u32,
-                    value,
-                    grad: 0.0,
-                    aux: false,
-                });
-            }
-        }
-        for (j, idle) in self.idle.iter_mut().enumerate() {
-            *idle = if entries[j].is_empty() {
-                *idle + n as u64
-            } else {
-                0
-            };
-        }
-        for (i, &(j, value)) in aux.iter().enumerate().filter(|(_, e)| e.1 > 0.0) {
-            let row = (i / k_aux.max(1)) as u32;
-            entries[j as usize].push(Entry {
-                row,
-                value,
-                grad: 0.0,
-                aux: true,
-            });
-        }
-        let gradient = |e: &Entry| {
-            let rows = if e.aux { &g_aux } else { &g };
-            &rows[e.row as usize * d..(e.row as usize + 1) * d]
+        self.engine = Some(engine);
+        stats
+    }
+
+    /// Latents that are dead.
+    fn dead(&self) -> Vec<u32> {
+        let idle = |j: &u32| self.idle[*j as usize] >= self.cfg.dead_after;
+        (0..self.cfg.sae.d_sae as u32).filter(idle).collect()
+    }
+
+    /// Where the time of the last step went.
+    pub fn timing(&self) -> Timing {
+        self.timing
+    }
+
+    /// Bytes of the weights and the optimiser's moments, and of the copies of the weights in bf16.
+    pub fn bytes(&self) -> (usize, usize) {
+        let p = &self.params;
+        let params = [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec];
+        let copies = match &self.engine {
+            Some(Engine::Bf16(work)) => work.copied_bytes(),
+            _ => 0,
         };
-        let db_enc: Vec<f32> = entries
-            .par_iter_mut()
-            .enumerate()
-            .map(|(j, entries)| {
-                for e in entries.iter_mut() {
-                    e.grad = dot(gradient(e), row_of(j as u32));
-                }
-                entries.iter().map(|e| e.grad).sum()
-            })
-            .collect();
-        let mut db_dec = vec![0.0f32; d];
-        for row in g.chunks_exact(d) {
-            axpy(1.0, row, &mut db_dec);
-        }
-        for (j, &b) in db_enc.iter().enumerate().filter(|(_, b)| **b != 0.0) {
-            axpy(-b, &self.w_enc.w[j * d..(j + 1) * d], &mut db_dec);
-        }
-        // Gradients and Adam, latent by latent.
-        self.step += 1;
-        let adam = Adam::new(lr, self.step);
-        let b_dec = &self.b_dec.w;
-        let (enc, dec) = (&mut self.w_enc, &mut self.w_dec);
-        let enc_rows = enc
-            .w
-            .par_chunks_mut(d)
-            .zip(enc.m.par_chunks_mut(d))
-            .zip(enc.v.par_chunks_mut(d));
-        let dec_rows = dec
-            .w
-            .par_chunks_mut(d)
-            .zip(dec.m.par_chunks_mut(d))
-            .zip(dec.v.par_chunks_mut(d));
-        enc_rows
-            .zip(dec_rows)
-            .zip(entries.par_iter())
-            .for_each_init(
-                || (vec![0.0f32; d], vec![0.0f32; d]),
-                |(g_enc, g_dec), ((((we, me), ve), ((wd, md), vd)), entries)| {
-                    g_enc.fill(0.0);
-                    g_dec.fill(0.0);
-                    let mut total = 0.0;
-                    for e in entries {
-                        axpy(e.value, gradient(e), g_dec);
-                        axpy(
-                            e.grad,
-                            &x[e.row as usize * d..(e.row as usize + 1) * d],
-                            g_enc,
-                        );
-                        total += e.grad;
-                    }
-                    axpy(-total, b_dec, g_enc);
-                    let along = dot(g_dec, wd);
-                    axpy(-along, wd, g_dec);
-                    adam.update(we, me, ve, g_enc);
-                    adam.update(wd, md, vd, g_dec);
-                    normalise(wd);
-                },
-            );
-        adam.update(
-            &mut self.b_enc.w,
-            &mut self.b_enc.m,
-            &mut self.b_enc.v,
-            &db_enc,
-        );
-        adam.update(
-            &mut self.b_dec.w,
-            &mut self.b_dec.m,
-            &mut self.b_dec.v,
-            &db_dec,
-        );
-        StepStats {
-            step: self.step,
-            loss,
-            fvu,
-            dead: dead.len() as f64 / m as f64,
-            lr,
-        }
+        let state = params.iter().map(|p| 3 * size_of_val(&p.w[..])).sum();
+        (state, copies)
     }
 
     /// The SAE so far, for raw rows: the input scale folded out.
@@ -406,35 +285,11 @@ impl Trainer {
         let unscaled = |v: &[f32]| v.iter().map(|x| x / self.scale).collect();
         Sae::new(
             self.cfg.sae.clone(),
-            self.w_enc.w.clone(),
-            unscaled(&self.b_enc.w),
-            self.w_dec.w.clone(),
-            unscaled(&self.b_dec.w),
+            self.params.w_enc.w.clone(),
+            unscaled(&self.params.b_enc.w),
+            self.params.w_dec.w.clone(),
+            unscaled(&self.params.b_dec.w),
         )
-    }
-}
-
-/// One Adam step (1412.6980) with bias correction.
-struct Adam {
-    rate: f32,
-    root: f32,
-}
-
-impl Adam {
-    fn new(lr: f64, step: usize) -> Self {
-        let correct = |beta: f32| 1.0 - f64::from(beta).powi(step.min(1 << 20) as i32);
-        Self {
-            rate: (lr / correct(BETAS.0)) as f32,
-            root: correct(BETAS.1).sqrt() as f32,
-        }
-    }
-
-    fn update(&self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-        for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-            *m = BETAS.0 * *m + (1.0 - BETAS.0) * g;
-            *v = BETAS.1 * *v + (1.0 - BETAS.1) * g * g;
-            *w -= self.rate * *m / (v.sqrt() / self.root + EPS);
-        }
     }
 }
 
@@ -443,20 +298,6 @@ fn normalise(row: &mut [f32]) {
     if norm > 0.0 {
         row.iter_mut().for_each(|v| *v /= norm);
     }
-}
-
-/// `sum |x - mean|^2` over the batch.
-fn variance(x: &[f32], d: usize) -> f64 {
-    let n = (x.len() / d).max(1) as f64;
-    let mut sum = vec![0.0f64; d];
-    let mut square = 0.0;
-    for row in x.chunks_exact(d) {
-        for (s, v) in sum.iter_mut().zip(row) {
-            *s += f64::from(*v);
-            square += f64::from(*v) * f64::from(*v);
-        }
-    }
-    (square - sum.iter().map(|s| s * s).sum::<f64>() / n).max(f64::MIN_POSITIVE)
 }
 
 #[cfg(test)]

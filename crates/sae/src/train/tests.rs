@@ -1,3 +1,6 @@
+use demur_kernels::adam::Adam;
+use demur_kernels::ops::axpy;
+
 use super::*;
 
 fn config(d: usize, m: usize, k: usize, batch: usize, steps: usize) -> TrainConfig {
@@ -18,6 +21,8 @@ fn config(d: usize, m: usize, k: usize, batch: usize, steps: usize) -> TrainConf
         dead_after: 2000,
         outlier: 10.0,
         seed: 5,
+        precision: Precision::Bf16,
+        clip: None,
     }
 }
 
@@ -130,8 +135,14 @@ fn a_resumed_run_has_the_same_bits() {
 
 /// The loss of the module's documentation, in f64, from the definition; `V` and the auxiliary
 /// target are those of the unperturbed parameters, as the gradient takes them as given.
-fn loss(t: &Trainer, x: &[f32], dead: &[u32], at: Option<(&str, usize, f64)>) -> f64 {
-    let (d, m, k) = (t.cfg.sae.d_model, t.cfg.sae.d_sae, t.cfg.sae.k);
+fn loss(
+    cfg: &TrainConfig,
+    t: &Params,
+    x: &[f32],
+    dead: &[u32],
+    at: Option<(&str, usize, f64)>,
+) -> f64 {
+    let (d, m, k) = (cfg.sae.d_model, cfg.sae.d_sae, cfg.sae.k);
     let read = |p: &Param, name: &str| -> Vec<f64> {
         let mut v: Vec<f64> = p.w.iter().map(|x| f64::from(*x)).collect();
         if let Some((which, i, h)) = at
@@ -167,9 +178,9 @@ fn loss(t: &Trainer, x: &[f32], dead: &[u32], at: Option<(&str, usize, f64)>) ->
         read(&t.b_enc, "b_enc"),
         read(&t.b_dec, "b_dec"),
     );
-    let v = variance(x, d);
+    let v = step::variance(x, d);
     let k_aux = (d / 2).min(dead.len());
-    let weight = t.cfg.auxk_alpha * (dead.len() as f64 / (d / 2) as f64).min(1.0);
+    let weight = cfg.auxk_alpha * (dead.len() as f64 / (d / 2) as f64).min(1.0);
     let mut total = 0.0;
     for row in x.chunks_exact(d) {
         let (pre, hat) = forward(&we, &wd, &be, &bd, row);
@@ -202,7 +213,10 @@ fn loss(t: &Trainer, x: &[f32], dead: &[u32], at: Option<(&str, usize, f64)>) ->
 fn gradients_match_finite_differences() {
     let (d, m) = (6, 10);
     let (x, _) = planted(16, d, m, 2);
-    let cfg = config(d, m, 3, 16, 10);
+    let cfg = TrainConfig {
+        precision: Precision::F32,
+        ..config(d, m, 3, 16, 10)
+    };
     let mut data = ScaledRows::new(
         Rows {
             data: &x,
@@ -213,44 +227,35 @@ fn gradients_match_finite_differences() {
     );
     let mut batch = Vec::new();
     data.batch(0, 16, &mut batch);
-    let mut t = Trainer::new(cfg, &data).unwrap();
+    let mut t = Trainer::new(cfg.clone(), &data).unwrap();
     let dead: Vec<u32> = vec![1, 4, 7, 8];
     for &j in &dead {
         t.idle[j as usize] = u64::MAX / 2;
         // so that a dead latent is not among the top k
-        t.b_enc.w[j as usize] = -0.6;
+        t.params.b_enc.w[j as usize] = -0.6;
     }
     // Encoder and decoder rows that differ, for a gradient of general shape.
     let mut rng = ChaCha8Rng::seed_from_u64(9);
-    t.w_enc
-        .w
+    let w_enc = &mut t.params.w_enc.w;
+    w_enc
         .iter_mut()
         .for_each(|v| *v += 0.1 * gaussian(&mut rng));
-    let before = Trainer {
-        cfg: t.cfg.clone(),
-        scale: t.scale,
-        step: 0,
-        w_enc: t.w_enc.clone(),
-        w_dec: t.w_dec.clone(),
-        b_enc: t.b_enc.clone(),
-        b_dec: t.b_dec.clone(),
-        idle: t.idle.clone(),
-    };
+    let before = t.params.clone();
     let stats = t.step(&batch);
-    assert!((stats.loss - loss(&before, &batch, &dead, None)).abs() < 1e-4 * stats.loss);
+    assert!((stats.loss - loss(&cfg, &before, &batch, &dead, None)).abs() < 1e-4 * stats.loss);
     // After one step from zero moments, m = (1 - beta1) g.
-    let g_of = |p: &Param, i: usize| f64::from(p.m[i]) / f64::from(1.0 - BETAS.0);
+    let g_of = |p: &Param, i: usize| f64::from(p.m[i]) / f64::from(1.0 - Adam::BETA1);
     let h = 1e-4;
     let slope = |name: &str, i: usize| {
-        (loss(&before, &batch, &dead, Some((name, i, h)))
-            - loss(&before, &batch, &dead, Some((name, i, -h))))
+        (loss(&cfg, &before, &batch, &dead, Some((name, i, h)))
+            - loss(&cfg, &before, &batch, &dead, Some((name, i, -h))))
             / (2.0 * h)
     };
     let mut checked = 0;
     for (name, after) in [
-        ("w_enc", &t.w_enc),
-        ("b_enc", &t.b_enc),
-        ("b_dec", &t.b_dec),
+        ("w_enc", &t.params.w_enc),
+        ("b_enc", &t.params.b_enc),
+        ("b_dec", &t.params.b_dec),
     ] {
         for i in 0..after.w.len() {
             let (found, expected) = (g_of(after, i), slope(name, i));
@@ -275,9 +280,108 @@ fn gradients_match_finite_differences() {
         let along: f64 = raw.iter().zip(w).map(|(g, w)| g * f64::from(*w)).sum();
         for i in 0..d {
             let expected = raw[i] - along * f64::from(w[i]);
-            let found = g_of(&t.w_dec, j * d + i);
+            let found = g_of(&t.params.w_dec, j * d + i);
             let near = (found - expected).abs() <= 2e-3 * (1e-2 + expected.abs());
             assert!(near, "w_dec[{j}, {i}]: {found} against {expected}");
         }
+    }
+}
+
+/// A run of some steps on several numbers of threads, with dead latents and clipping.
+#[test]
+fn the_same_bits_for_any_number_of_threads() {
+    let (d, m) = (40, 300);
+    let (x, _) = planted(700, d, 64, 3);
+    for precision in [Precision::Bf16, Precision::F32] {
+        let cfg = TrainConfig {
+            dead_after: 700,
+            precision,
+            clip: Some(0.01),
+            ..config(d, m, 4, 350, 20)
+        };
+        let mut first = None;
+        for threads in 1..=8 {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let (t, _) = pool.build().unwrap().install(|| train(&cfg, &x, 6, None));
+            assert!(!t.dead().is_empty(), "the auxiliary term must have work");
+            let first = first.get_or_insert_with(|| t.params.clone());
+            assert_eq!(*first, t.params, "{precision:?}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn bf16_trains_as_f32_does() {
+    let (d, m) = (24, 32);
+    let (x, _) = planted(4096, d, m, 2);
+    let [full, half] = [Precision::F32, Precision::Bf16].map(|precision| {
+        let cfg = TrainConfig {
+            precision,
+            ..config(d, m, 3, 512, 300)
+        };
+        let (t, _) = train(&cfg, &x, 300, None);
+        let mut meter = crate::metrics::QualityMeter::new(d, m);
+        meter.add_rows(&t.finish().unwrap(), &x);
+        meter.quality().fvu
+    });
+    assert!(
+        (half / full - 1.0).abs() < 0.05,
+        "fvu {half} against {full}"
+    );
+}
+
+#[test]
+fn clipping_scales_the_norm_of_all_gradients() {
+    let (d, m) = (12, 20);
+    let (x, _) = planted(64, d, m, 2);
+    let norm = |clip: Option<f64>| {
+        let cfg = TrainConfig {
+            clip,
+            dead_after: u64::MAX,
+            precision: Precision::F32,
+            ..config(d, m, 2, 64, 60)
+        };
+        let (t, _) = train(&cfg, &x, 1, None);
+        let p = &t.params;
+        // After one step from zero moments, m = (1 - beta1) g.
+        let moments = [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec].map(|p| &p.m);
+        let square: f64 = moments
+            .iter()
+            .copied()
+            .flatten()
+            .map(|m| f64::from(*m).powi(2))
+            .sum();
+        square.sqrt() / f64::from(1.0 - Adam::BETA1)
+    };
+    let whole = norm(None);
+    assert!((norm(Some(whole / 3.0)) / whole * 3.0 - 1.0).abs() < 1e-4);
+    assert_eq!(norm(Some(2.0 * whole)), whole);
+}
+
+#[test]
+fn latents_that_never_fired_stay() {
+    let (d, m) = (12, 20);
+    let (x, _) = planted(256, d, m, 2);
+    let cfg = TrainConfig {
+        auxk_alpha: 0.0,
+        ..config(d, m, 2, 64, 60)
+    };
+    let rows = ScaledRows::new(
+        Rows {
+            data: &x,
+            d_model: d,
+        },
+        10.0,
+        5,
+    );
+    let mut t = Trainer::new(cfg.clone(), &rows).unwrap();
+    t.params.b_enc.w[7] = -1e6;
+    let before = t.params.clone();
+    let (t, _) = train(&cfg, &x, 5, Some(t));
+    for j in 0..m {
+        let row = j * d..(j + 1) * d;
+        let same = t.params.w_enc.w[row.clone()] == before.w_enc.w[row.clone()]
+            && t.params.w_dec.w[row.clone()] == before.w_dec.w[row];
+        assert_eq!(same, j == 7, "latent {j}");
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use demur_sae::saelens::{self, Files, WeightType};
-use demur_sae::train::{Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
 use demur_sae::{Sae, SaeConfig};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -85,6 +85,8 @@ fn make_state() -> (Vec<u8>, TrainConfig) {
         dead_after: 64,
         outlier: 10.0,
         seed: 1,
+        precision: Precision::default(),
+        clip: None,
     };
     let mut trainer = Trainer::new(cfg.clone(), &rows).unwrap();
     let mut x = Vec::new();

@@ -1,5 +1,7 @@
 //! Plans that are not what they should be: a plan or an error, never a panic.
 
+mod state;
+
 use demur_steering::{SteeringPlan, explain};
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -1,0 +1,224 @@
+//! `demur gate`: train a gate, or see what one makes of prompts.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use demur_eval::prompts::{self, Label};
+use demur_eval::stats::Estimate;
+use demur_features::gate::{Detection, Group, detection, recall_at};
+use demur_features::harvest::{Sequence, harvest};
+use demur_model::hooks::{Intervention, Rows};
+use demur_steering::CompiledPlan;
+use serde_json::json;
+
+use crate::catalogue::DEFAULT_MODEL;
+use crate::cmd::chat::steering;
+use crate::cmd::plan;
+use crate::cmd::study::load;
+use crate::exit;
+use crate::loaded::{Loaded, conversation};
+use crate::progress::{Progress, say};
+use crate::study::config::Precision;
+use crate::study::{Options, TrainedGate, gate_only};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  demur gate train                                     for the default model, on what demur ships
+  demur gate train my.toml --set gate.recall=0.9
+  demur gate test my.jsonl --plan runs/quickstart/gate.toml";
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Train the gate of a study: its stages pull, harvest, train and gate.
+    #[command(after_help = EXAMPLES)]
+    Train {
+        /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
+        #[arg(default_value = "quickstart")]
+        study: String,
+        /// Change a value, for instance `--set gate.recall=0.9`; may be repeated.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
+        /// Folder for runs.
+        #[arg(long, default_value = "runs", value_name = "DIR")]
+        runs: PathBuf,
+        /// Print one JSON object: the gate and all its figures.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run the gates of a plan on labelled prompts: how many are caught, how many falsely.
+    Test {
+        /// JSONL(.gz) of prompts with `label`.
+        prompts: PathBuf,
+        /// The plan with the gates.
+        #[arg(long, default_value = "runs/quickstart/gate.toml", value_name = "FILE")]
+        plan: PathBuf,
+        /// Folder of the SAE that the plan names; a study's folder works too.
+        #[arg(long, value_name = "DIR")]
+        sae: Option<PathBuf>,
+        /// A catalogue name or a path.
+        #[arg(long, short, default_value = DEFAULT_MODEL)]
+        model: String,
+        /// Print one JSON object a gate.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub fn run(args: Args) -> Result<()> {
+    match args.action {
+        Action::Train {
+            study,
+            sets,
+            runs,
+            json,
+        } => {
+            let study = load(&study, &sets)?;
+            exit::say_how_to_go_on();
+            let (plan, gate) = gate_only(study, &Options { runs, from: None })?;
+            if json {
+                return say(json!({ "plan": plan, "trained": gate }));
+            }
+            show(&plan, &gate)
+        }
+        Action::Test {
+            prompts,
+            plan,
+            sae,
+            model,
+            json,
+        } => test(&prompts, &plan, sae.as_deref(), &model, json),
+    }
+}
+
+fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
+    let (gate, best) = (&trained.gate, &trained.tried[0]);
+    say(format_args!(
+        "{}\n  {} latents at {}, {:?} {:?} of {:?}, l2 {}; open at log-odds {:.3}\n",
+        plan.display(),
+        gate.weights.len(),
+        gate.site,
+        gate.aggregate,
+        gate.membership,
+        gate.roles,
+        best.l2,
+        gate.threshold
+    ))?;
+    let groups = |split: &str, groups: &[Group]| -> Result<()> {
+        for g in groups {
+            line(&format!("{split}: {}", g.name), &g.detection)?;
+        }
+        Ok(())
+    };
+    say(HEAD)?;
+    groups(
+        "validation",
+        &trained.validation.groups[..3.min(trained.validation.groups.len())],
+    )?;
+    groups("test", &trained.test.groups)?;
+    line("validation: raw residual", &trained.residual_validation)?;
+    line("test: raw residual", &trained.residual_test)?;
+    line("validation: CAST condition", &trained.condition_validation)?;
+    line("test: CAST condition", &trained.condition_test)?;
+    say(format_args!(
+        "\ntest: recall at 5 % false alarms {:.3}, expected calibration error {:.3}",
+        trained.test.recall_at_5_percent, trained.test.calibration_error
+    ))
+}
+
+const HEAD: &str =
+    "                                              AUROC  caught                  false alarms";
+
+fn line(name: &str, d: &Detection) -> Result<()> {
+    let rate = |e: &Estimate| match e.n {
+        0 => "-".to_owned(),
+        n => format!(
+            "{:.0} % [{:.0}, {:.0}] of {n}",
+            100.0 * e.value,
+            100.0 * e.lo,
+            100.0 * e.hi
+        ),
+    };
+    let auroc = d.auroc.map_or("-".to_owned(), |a| format!("{a:.3}"));
+    let (caught, alarms) = (rate(&d.recall), rate(&d.false_alarm));
+    say(format_args!(
+        "{name:<44}  {auroc:>5}  {caught:<22}  {alarms}"
+    ))
+}
+
+fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bool) -> Result<()> {
+    let rows = prompts::read(file)?;
+    let rows: Vec<_> = rows.iter().filter(|p| p.label.is_some()).collect();
+    if rows.is_empty() {
+        bail!("{}: no prompt has a label", file.display());
+    }
+    let plan = plan::read(plan_file)?;
+    let loaded = Loaded::open(model, Precision::Fast)?;
+    let compiled = steering(&loaded, Some(plan_file), sae)?.context("a plan was given")?;
+    if plan.gates.is_empty() {
+        bail!("plan {}: it has no gate", plan_file.display());
+    }
+    let mut sequences = Vec::with_capacity(rows.len());
+    for p in &rows {
+        let messages = conversation(None, &p.prompt);
+        let rendered = loaded.chat()?.encode(&loaded.tokenizer, &messages, true)?;
+        sequences.push(Sequence {
+            source: p.id.clone(),
+            tokens: rendered.ids,
+            roles: rendered.roles,
+        });
+    }
+    for (at, (name, gate)) in plan.gates.iter().enumerate() {
+        let scores = scores(&loaded, &compiled, &gate.site, at, &sequences)?;
+        let labels = rows.iter().map(|p| p.label == Some(Label::Unsafe));
+        let scored: Vec<(f64, bool)> = scores.into_iter().zip(labels).collect();
+        let found = detection(&scored, f64::from(gate.threshold));
+        if json {
+            let each = rows.iter().zip(&scored);
+            let each: Vec<_> = each.map(|(p, s)| json!([p.id, s.0, s.1])).collect();
+            say(json!({ "gate": name, "detection": found, "scores": each }))?;
+        } else {
+            say(HEAD)?;
+            line(name, &found)?;
+            let at_5 = recall_at(&scored, 0.05);
+            say(format_args!("recall at 5 % false alarms {at_5:.3}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The scores of the plan's gate number `at`, by the very code that runs while a model is steered.
+fn scores(
+    loaded: &Loaded,
+    plan: &Arc<CompiledPlan>,
+    site: &str,
+    at: usize,
+    sequences: &[Sequence],
+) -> Result<Vec<f64>> {
+    let site = site.parse::<demur_model::hooks::Site>()?.canonical();
+    let mut scores = Vec::with_capacity(sequences.len());
+    let bar = Progress::new("gate", "prompts", sequences.len() as u64);
+    harvest(&loaded.model, site, sequences, 1024, |i, x| {
+        let s = &sequences[i];
+        let rows = Rows {
+            start_pos: 0,
+            tokens: &s.tokens,
+            roles: &s.roles,
+            generated: false,
+        };
+        let mut state = plan.start();
+        state.edit(site, &rows, &mut x.to_vec());
+        let audit = state.audit().unwrap_or_default();
+        scores.push(audit["gates"][at]["score"].as_f64().unwrap_or_default());
+        bar.advance(1);
+        Ok(())
+    })?;
+    bar.finish();
+    Ok(scores)
+}

@@ -1,0 +1,217 @@
+//! `demur sae fit`: a TopK SAE on harvested activations.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use demur_sae::metrics::QualityMeter;
+use demur_sae::saelens::{self, WeightType};
+use demur_sae::train::{Precision, Rows, ScaledRows, StepStats, TrainConfig, Trainer};
+use demur_sae::{SaeConfig, activations};
+use serde_json::{Value, json};
+
+use crate::exit;
+use crate::progress::{Progress, say};
+use crate::study::write_atomic;
+
+/// What training needs to go on, in the output's folder.
+const STATE: &str = "state.bin";
+/// One JSON object a step.
+const METRICS: &str = "metrics.jsonl";
+/// Rows that are coded together when quality is measured.
+const HELD_OUT_ROWS: usize = 1024;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A safetensors file with `activations [n, d_model]`, as `demur harvest` writes it.
+    rows: PathBuf,
+    /// Another, to measure quality on.
+    #[arg(long, value_name = "FILE")]
+    held_out: Option<PathBuf>,
+    /// Folder for the SAE, `metrics.jsonl`, and the state until training has ended.
+    #[arg(long, short, default_value = "sae")]
+    out: PathBuf,
+    /// Latents for each dimension of the activations.
+    #[arg(long, default_value_t = 8)]
+    expansion: usize,
+    /// Number of latents, instead of --expansion.
+    #[arg(long)]
+    d_sae: Option<usize>,
+    /// Latents active at once.
+    #[arg(long, default_value_t = 32)]
+    k: usize,
+    /// Rows a step.
+    #[arg(long, default_value_t = 4096)]
+    batch: usize,
+    /// Passes over the rows.
+    #[arg(long, default_value_t = 1.0)]
+    epochs: f64,
+    /// Peak learning rate; 2e-4 / sqrt(d_sae / 2^14), if not given.
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Steps over which it rises.
+    #[arg(long, default_value_t = 1000)]
+    warmup: usize,
+    /// Fraction of the steps, at the end, over which it falls to 0.
+    #[arg(long, default_value_t = 0.25)]
+    decay: f64,
+    /// Weight of the loss that revives dead latents; 0 leaves it out.
+    #[arg(long, default_value_t = 1.0 / 32.0)]
+    auxk_alpha: f64,
+    /// Rows without firing after which a latent is dead; those of one pass, if not given.
+    #[arg(long)]
+    dead_after: Option<u64>,
+    /// Rows with a norm above this many medians are left out.
+    #[arg(long, default_value_t = 10.0)]
+    outlier: f32,
+    /// The most that the norm of all gradients may be.
+    #[arg(long)]
+    clip: Option<f64>,
+    /// f32 instead of bf16 for the product and the gathers.
+    #[arg(long)]
+    f32: bool,
+    /// Seeds initialisation and the order of rows.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Steps between states that a stopped run goes on from.
+    #[arg(long, default_value_t = 200)]
+    checkpoint_every: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let file = activations::load(&args.rows)?;
+    let d = file.d_model;
+    let rows = Rows {
+        data: &file.data,
+        d_model: d,
+    };
+    let mut rows = ScaledRows::new(rows, args.outlier, args.seed);
+    let batch = args.batch.min(rows.len().max(1));
+    let steps = (rows.len() / batch) as f64 * args.epochs;
+    let cfg = TrainConfig {
+        sae: SaeConfig {
+            d_model: d,
+            d_sae: args.d_sae.unwrap_or(d * args.expansion),
+            k: args.k,
+            hook_name: file.site.unwrap_or_default(),
+            model_name: file.model.unwrap_or_default(),
+        },
+        batch,
+        steps: (steps as usize).max(1),
+        lr: args.lr,
+        warmup_steps: args.warmup,
+        decay: args.decay,
+        auxk_alpha: args.auxk_alpha,
+        dead_after: args.dead_after.unwrap_or(rows.len() as u64),
+        outlier: args.outlier,
+        seed: args.seed,
+        precision: match args.f32 {
+            true => Precision::F32,
+            false => Precision::Bf16,
+        },
+        clip: args.clip,
+    };
+    std::fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
+    let state = args.out.join(STATE);
+    let mut trainer = if state.exists() {
+        Trainer::resume(&state, &cfg)?
+    } else {
+        Trainer::new(cfg.clone(), &rows)?
+    };
+    exit::say_how_to_go_on();
+    let started = (trainer.steps_done(), Instant::now());
+    let last = train(args, &cfg, &mut trainer, &mut rows, &state)?;
+    let seconds = started.1.elapsed().as_secs_f64();
+    let training = json!({
+        "rows": rows.len(), "steps": cfg.steps, "batch": batch, "epochs": args.epochs,
+        "seed": args.seed, "final_fvu": last["fvu"], "demur": env!("CARGO_PKG_VERSION"),
+    });
+    let sae = trainer.finish()?;
+    saelens::save(&sae, &args.out, WeightType::F32, &training)?;
+    // Only now: a run that is killed before this line goes on from it.
+    std::fs::remove_file(&state).with_context(|| format!("remove {}", state.display()))?;
+    let held_out = match &args.held_out {
+        Some(path) => {
+            let held = activations::load(path)?;
+            if held.d_model != d {
+                bail!("{}: rows of {}, not {d}", path.display(), held.d_model);
+            }
+            let mut meter = QualityMeter::new(d, cfg.sae.d_sae);
+            for rows in held.data.chunks(HELD_OUT_ROWS * d) {
+                meter.add_rows(&sae, rows);
+            }
+            Some(meter.quality())
+        }
+        None => None,
+    };
+    let rate = ((cfg.steps - started.0) * batch) as f64 / seconds;
+    if args.json {
+        return say(json!({
+            "folder": args.out, "steps": cfg.steps, "batch": batch, "d_sae": cfg.sae.d_sae,
+            "last": last, "held_out": held_out, "vectors_per_s": rate,
+        }));
+    }
+    say(args.out.display())?;
+    let fvu = last["fvu"].as_f64().unwrap_or(f64::NAN);
+    say(format_args!(
+        "  {} steps, {rate:.0} rows/s, FVU of the last batch {fvu:.4}",
+        cfg.steps
+    ))?;
+    match held_out {
+        Some(q) => say(format_args!("  held out: FVU {:.4}, L0 {:.1}", q.fvu, q.l0)),
+        None => Ok(()),
+    }
+}
+
+/// The steps that are left; returns the last line of the metrics.
+fn train(
+    args: &Args,
+    cfg: &TrainConfig,
+    trainer: &mut Trainer,
+    rows: &mut ScaledRows<'_>,
+    state: &Path,
+) -> Result<Value> {
+    let path = args.out.join(METRICS);
+    let mut last = kept_metrics(&path, trainer.steps_done())?;
+    let bar = Progress::new("train", "steps", cfg.steps as u64);
+    bar.advance(trainer.steps_done() as u64);
+    let mut x = Vec::new();
+    let mut log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)?;
+    while trainer.steps_done() < cfg.steps {
+        rows.batch(trainer.steps_done(), cfg.batch, &mut x);
+        let clock = Instant::now();
+        let s: StepStats = trainer.step(&x);
+        last = serde_json::to_value(s)?;
+        last["vectors_per_s"] = json!(cfg.batch as f64 / clock.elapsed().as_secs_f64());
+        writeln!(log, "{last}")?;
+        bar.advance(1);
+        bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
+        if s.step % args.checkpoint_every.max(1) == 0 || s.step == cfg.steps {
+            log.sync_all()?;
+            trainer.save(state)?;
+        }
+    }
+    bar.finish();
+    Ok(last)
+}
+
+/// Cuts the metrics to the lines up to step `done`, as what came after the state that was saved is done
+/// again; returns the last.
+fn kept_metrics(path: &Path, done: usize) -> Result<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<Value> = text
+        .lines()
+        .filter_map(|l| serde_json::from_str(l).ok())
+        .filter(|v: &Value| v["step"].as_u64().is_some_and(|s| s <= done as u64))
+        .collect();
+    let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
+    write_atomic(path, text.as_bytes())?;
+    Ok(lines.last().cloned().unwrap_or(Value::Null))
+}

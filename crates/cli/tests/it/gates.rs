@@ -1,0 +1,183 @@
+//! Gates from training to the arms that use them, and plans that are compared.
+
+use std::fs;
+
+use crate::support::{Place, model};
+
+#[test]
+fn a_gate_is_trained_tested_and_used() {
+    let place = Place::new();
+    let args = [
+        "-q",
+        "gate",
+        "train",
+        "tiny.toml",
+        "--runs",
+        "runs",
+        "--json",
+    ];
+    let sets = ["--set", "gate.sizes=[8]", "--set", "gate.l2=[0.1]"];
+    let trained = place.run([&args[..], &sets].concat()).succeeded().json();
+    let group = |split: &str, name: &str| {
+        let groups = trained["trained"][split]["groups"].as_array().unwrap();
+        let group = groups.iter().find(|g| g["name"] == name);
+        group
+            .unwrap_or_else(|| panic!("{name}: {groups:?}"))
+            .clone()
+    };
+    let all = group("test", "all");
+    assert_eq!(
+        (&all["recall"]["n"], &all["false_alarm"]["n"]),
+        (&4.into(), &65.into())
+    );
+    assert!(
+        trained["trained"]["gate"]["weights"]
+            .as_array()
+            .unwrap()
+            .len()
+            <= 8
+    );
+
+    // The gate as it runs says what the training said of the same prompts.
+    let prompts = fs::read_to_string(place.path("prompts.jsonl")).unwrap();
+    for split in ["validation", "test"] {
+        let of: Vec<&str> = prompts
+            .lines()
+            .filter(|l| l.contains(&format!("\"{split}-")))
+            .collect();
+        fs::write(place.path("some.jsonl"), of.join("\n")).unwrap();
+        let model = model();
+        let model = model.to_str().unwrap();
+        let plan = "runs/tiny/gate.toml";
+        let tested = place
+            .run([
+                "-q",
+                "gate",
+                "test",
+                "some.jsonl",
+                "--plan",
+                plan,
+                "--model",
+                model,
+                "--json",
+            ])
+            .succeeded()
+            .json();
+        let expected = group(split, "against look-alikes");
+        for figure in ["auroc", "recall", "false_alarm"] {
+            assert_eq!(
+                tested["detection"][figure], expected[figure],
+                "{split} {figure}"
+            );
+        }
+    }
+
+    // And the arms use it.
+    let arms = "evaluate.arms=[\"base\", \"frequency_matched_latent\", \"gated_clamp\", \
+                \"gated_clamp_damped\", \"conditional_difference_of_means\"]";
+    let args = ["-q", "study", "tiny.toml", "--runs", "runs", "--set", arms];
+    place.run([&args[..], &sets].concat()).succeeded();
+    let record = place.record("runs");
+    assert_eq!(record["arms"].as_array().unwrap().len(), 5);
+    let facts = &record["gate"]["test"]["groups"][0];
+    assert_eq!(facts["recall"], all["recall"]);
+    let page = fs::read_to_string(place.path("runs/tiny/report.html")).unwrap();
+    assert!(page.contains("id=\"gate\"") && page.contains("href=\"#gate\""));
+    for row in record["replies"].as_array().unwrap() {
+        let audit = |arm: &str| {
+            let reply = row["replies"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|r| r["arm"] == arm);
+            reply.unwrap()["audit"].clone()
+        };
+        let damped = audit("gated_clamp_damped");
+        let open = damped["gates"][0]["open"].as_bool().unwrap();
+        let edited = |i: usize| {
+            damped["interventions"][i]["tokens_edited"]
+                .as_u64()
+                .unwrap()
+                > 0
+        };
+        assert_eq!((edited(0), edited(1)), (open, !open), "{damped}");
+        assert_eq!(audit("gated_clamp")["gates"][0]["open"], open);
+        // A closed gate without damping is base, to the letter.
+        let text = |arm: &str| {
+            let reply = row["replies"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|r| r["arm"] == arm);
+            reply.unwrap()["text"].clone()
+        };
+        assert!(open || text("gated_clamp") == text("base"));
+        assert!(audit("conditional_difference_of_means")["gates"][0]["score"].is_f64());
+    }
+    // Batch equals single, gates and all.
+    let one = [
+        "--set",
+        "model.max_batch=1",
+        "--set",
+        "model.batch_tokens=32",
+    ];
+    let args = ["-q", "study", "tiny.toml", "--runs", "one", "--set", arms];
+    place.run([&args[..], &sets, &one].concat()).succeeded();
+    assert_eq!(place.record("one")["replies"], record["replies"]);
+    let again = [
+        "-q",
+        "gate",
+        "test",
+        "prompts.jsonl",
+        "--plan",
+        "runs/tiny/plan.toml",
+    ];
+    let model = model();
+    let again = [&again[..], &["--model", model.to_str().unwrap()]].concat();
+    place.run(again).refused(1, &["no gate"]);
+}
+
+#[test]
+fn plans_are_compared_and_checked() {
+    let place = Place::new();
+    let plan = r#"
+version = 1
+name = "push"
+[[interventions]]
+site = "layers.9"
+direction = { name = "d", vector = [1.0, 2.0], op = "add", value = 2.0 }
+"#;
+    fs::write(place.path("a.toml"), plan).unwrap();
+    fs::write(
+        place.path("b.toml"),
+        plan.replace("value = 2.0", "value = 3.0"),
+    )
+    .unwrap();
+    let same = place.run(["plan", "diff", "a.toml", "a.toml"]).succeeded();
+    assert_eq!(same.stdout, "the plans do the same\n");
+    let other = place.run(["plan", "diff", "a.toml", "b.toml"]).succeeded();
+    assert_eq!(
+        other.stdout,
+        "interventions[0].direction.value\n  - 2.0\n  + 3.0\n"
+    );
+    let json = place
+        .run(["plan", "diff", "a.toml", "b.toml", "--json"])
+        .succeeded()
+        .json();
+    assert_eq!(
+        (&json["before"], &json["after"]),
+        (&2.0.into(), &3.0.into())
+    );
+    // Alone it is a plan; of this model it is none.
+    place.run(["plan", "check", "a.toml"]).succeeded();
+    let model = model();
+    place
+        .run([
+            "plan",
+            "check",
+            "a.toml",
+            "--model",
+            model.to_str().unwrap(),
+        ])
+        .refused(1, &["a.toml", "blocks.9"]);
+}

@@ -1,0 +1,229 @@
+//! What a compiled plan does to rows, by hand: two latents that are the two coordinates.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use demur_model::hooks::{Intervention, InterventionState, Role, Rows, Site};
+use demur_sae::{Sae, SaeConfig};
+use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringError, SteeringPlan, compile};
+
+/// An SAE whose latents are the coordinates, both in the top k.
+fn saes() -> SaeSet {
+    let cfg = SaeConfig {
+        d_model: 2,
+        d_sae: 2,
+        k: 2,
+        hook_name: "blocks.1.hook_resid_post".to_owned(),
+        model_name: "none".to_owned(),
+    };
+    let eye = vec![1.0, 0.0, 0.0, 1.0];
+    let sae = Sae::new(cfg, eye.clone(), vec![0.0; 2], eye, vec![0.0; 2]).unwrap();
+    let entry = SaeEntry {
+        sae: Arc::new(sae),
+        sha256: String::new(),
+        max_activation: None,
+        resid_norm: None,
+    };
+    BTreeMap::from([("main".to_owned(), entry)])
+}
+
+/// Latent 0 says what a token is; above 1 it is unsafe. Latent 1 is the refusal.
+const PLAN: &str = r#"
+version = 1
+name = "clamp what is unsafe, damp the rest"
+[gates.unsafe]
+site = "layers.0"
+sae = "main"
+weights = [{ latent = 0, weight = 1.0 }]
+threshold = 1.0
+roles = ["user"]
+[[interventions]]
+site = "layers.1"
+sae = "main"
+edits = [{ latent = 1, op = "floor", value = 4.0 }]
+when = "unsafe"
+[[interventions]]
+site = "layers.1"
+sae = "main"
+edits = [{ latent = 1, op = "scale", value = 0.5 }]
+when = { not = "unsafe" }
+"#;
+
+fn plan(change: impl Fn(&mut SteeringPlan)) -> Result<CompiledPlan, SteeringError> {
+    let mut plan = SteeringPlan::from_toml(PLAN)?;
+    change(&mut plan);
+    compile(&plan, &saes(), 3, 2)
+}
+
+/// A conversation as its state sees it, pass by pass.
+struct Talk {
+    state: Box<dyn InterventionState>,
+    pos: usize,
+}
+
+impl Talk {
+    fn new(plan: &CompiledPlan) -> Self {
+        let state = plan.start();
+        Self { state, pos: 0 }
+    }
+
+    /// Runs rows of `(role, latent 0, latent 1)` through both layers; gives latent 1 after them.
+    fn pass(&mut self, generated: bool, tokens: &[(Role, f32, f32)]) -> Vec<f32> {
+        let roles: Vec<Role> = tokens.iter().map(|t| t.0).collect();
+        let rows = Rows {
+            start_pos: self.pos,
+            tokens: &vec![0; tokens.len()],
+            roles: &roles,
+            generated,
+        };
+        let mut resid: Vec<f32> = tokens.iter().flat_map(|t| [t.1, t.2]).collect();
+        self.state.edit(Site::post(0), &rows, &mut resid);
+        self.state.edit(Site::post(1), &rows, &mut resid);
+        self.pos += tokens.len();
+        resid.chunks(2).map(|x| x[1]).collect()
+    }
+}
+
+const BOS: (Role, f32, f32) = (Role::Template, 9.0, 2.0);
+
+#[test]
+fn one_gate_clamps_and_damps() {
+    let plan = plan(|_| {}).unwrap();
+    assert_eq!(plan.sites(), [Site::post(0), Site::post(1)]);
+    // The sink at position 0 is neither read nor edited; the template is not read but edited.
+    let mut safe = Talk::new(&plan);
+    let prompt = [BOS, (Role::User, 0.5, 2.0), (Role::Template, 3.0, 6.0)];
+    assert_eq!(safe.pass(false, &prompt), [2.0, 1.0, 3.0]);
+    assert_eq!(safe.pass(true, &[(Role::Assistant, 5.0, 8.0)]), [4.0]);
+    let mut not_safe = Talk::new(&plan);
+    let prompt = [BOS, (Role::User, 0.5, 2.0), (Role::User, 1.5, 6.0)];
+    assert_eq!(not_safe.pass(false, &prompt), [2.0, 4.0, 6.0]);
+    assert_eq!(not_safe.pass(true, &[(Role::Assistant, 0.0, 8.0)]), [8.0]);
+    let audit = not_safe.state.audit().unwrap();
+    let gate = &audit["gates"][0];
+    assert_eq!(
+        (gate["score"].as_f64(), gate["fired"].as_bool()),
+        (Some(1.5), Some(true))
+    );
+    assert_eq!(gate["changes"][0]["pos"], 2);
+    let clamp = &audit["interventions"][0];
+    assert_eq!(
+        (&clamp["on"], &clamp["tokens_edited"]),
+        (&true.into(), &3.into())
+    );
+    let latent = &clamp["latents"][0];
+    let mean = |key: &str| latent[key].as_f64().unwrap();
+    assert!((mean("mean_before") - 16.0 / 3.0).abs() < 1e-9, "{latent}");
+    assert!((mean("mean_after") - 18.0 / 3.0).abs() < 1e-9, "{latent}");
+    assert_eq!(audit["interventions"][1]["tokens_edited"], 0);
+}
+
+/// A safe turn after an unsafe one, each as a pass of its own.
+fn second_turn(change: impl Fn(&mut demur_steering::Gate)) -> f32 {
+    let plan = plan(|p| change(p.gates.get_mut("unsafe").unwrap())).unwrap();
+    let mut talk = Talk::new(&plan);
+    talk.pass(false, &[BOS, (Role::User, 2.0, 2.0)]);
+    talk.pass(true, &[(Role::Assistant, 0.0, 2.0)]);
+    talk.pass(false, &[(Role::Template, 0.0, 2.0), (Role::User, 0.0, 2.0)])[1]
+}
+
+#[test]
+fn turns_are_judged_anew_if_asked() {
+    use demur_steering::Scope::Turn;
+    assert_eq!(second_turn(|_| {}), 4.0, "the conversation's maximum stays");
+    assert_eq!(second_turn(|g| g.scope = Turn), 1.0);
+    assert_eq!(second_turn(|g| (g.scope, g.latch) = (Turn, true)), 4.0);
+    // The same in one pass: the first turn latches though the last is safe.
+    for (latch, expected) in [(false, 1.0), (true, 4.0)] {
+        let change = |p: &mut SteeringPlan| {
+            let gate = p.gates.get_mut("unsafe").unwrap();
+            (gate.scope, gate.latch) = (Turn, latch);
+        };
+        let mut talk = Talk::new(&plan(change).unwrap());
+        let turns = [
+            BOS,
+            (Role::User, 2.0, 2.0),
+            (Role::Assistant, 0.0, 2.0),
+            (Role::User, 0.0, 2.0),
+        ];
+        assert_eq!(talk.pass(false, &turns)[3], expected);
+    }
+}
+
+#[test]
+fn a_reply_can_open_a_gate_in_the_middle() {
+    let change = |p: &mut SteeringPlan| {
+        p.gates.get_mut("unsafe").unwrap().during_generation = true;
+        p.interventions[0].span.reply_tokens = Some(2);
+    };
+    let mut talk = Talk::new(&plan(change).unwrap());
+    talk.pass(false, &[BOS, (Role::User, 0.0, 2.0)]);
+    let mut reply = |f: f32| talk.pass(true, &[(Role::Assistant, f, 2.0)])[0];
+    assert_eq!(reply(0.0), 1.0, "closed: damped");
+    assert_eq!(reply(1.0), 4.0, "open: clamped");
+    assert_eq!(
+        reply(0.0),
+        2.0,
+        "open, but beyond the first two tokens of the reply"
+    );
+}
+
+#[test]
+fn a_direction_can_be_a_gate() {
+    let change = |threshold: f32| {
+        move |p: &mut SteeringPlan| {
+            let gate = p.gates.get_mut("unsafe").unwrap();
+            (gate.weights, gate.direction) = (Vec::new(), vec![3.0, 4.0]);
+            gate.threshold = threshold;
+        }
+    };
+    // cos((1, 0), (3, 4)) = 0.6
+    for (threshold, expected) in [(0.59, 4.0), (0.61, 0.0)] {
+        let mut talk = Talk::new(&plan(change(threshold)).unwrap());
+        assert_eq!(
+            talk.pass(false, &[BOS, (Role::User, 1.0, 0.0)])[1],
+            expected
+        );
+    }
+}
+
+#[test]
+fn a_copy_goes_its_own_way() {
+    let mut talk = Talk::new(&plan(|_| {}).unwrap());
+    talk.pass(false, &[BOS, (Role::User, 0.0, 2.0)]);
+    let mut copy = Talk {
+        state: talk.state.fork(),
+        pos: talk.pos,
+    };
+    let more = [(Role::User, 2.0, 2.0)];
+    assert_eq!(copy.pass(false, &more), [4.0]);
+    assert_eq!(talk.pass(true, &[(Role::Assistant, 2.0, 2.0)]), [1.0]);
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let refused = |change: fn(&mut SteeringPlan), expect: &str| {
+        let e = plan(change).unwrap_err().to_string();
+        assert!(e.contains(expect), "{e}");
+    };
+    refused(
+        |p| p.gates.get_mut("unsafe").unwrap().site = "layers.2".to_owned(),
+        "reads blocks.2.hook_resid_post, after",
+    );
+    refused(
+        |p| p.gates.get_mut("unsafe").unwrap().weights[0].latent = 2,
+        "gates.unsafe: latent 2",
+    );
+    refused(
+        |p| p.gates.get_mut("unsafe").unwrap().sae = Some("other".to_owned()),
+        "SAE 'other'",
+    );
+    refused(|p| p.gates.clear(), "gate 'unsafe'");
+    refused(
+        |p| {
+            let gate = p.gates.get_mut("unsafe").unwrap();
+            (gate.weights, gate.direction) = (Vec::new(), vec![1.0; 3]);
+        },
+        "width 3",
+    );
+}
