@@ -11,7 +11,10 @@ pub mod files;
 pub mod judge;
 pub mod prompts;
 pub mod record;
+pub mod rows;
+pub mod suites;
 pub mod text;
+pub mod wrap;
 
 pub use demur_features::stats;
 pub use error::EvalError;

@@ -349,7 +349,7 @@ impl Intervention for CompiledPlan {
     }
 
     fn row_wise(&self) -> bool {
-        self.interventions.iter().all(|c| c.gate.is_none())
+        self.parts.gates.is_empty()
     }
 
     fn start(&self) -> Box<dyn InterventionState> {
