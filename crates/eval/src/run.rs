@@ -311,10 +311,10 @@ impl Asker<'_> {
                     }
                     Ask::Chat { turns, label } => {
                         let user = turns[answer.transcript.len()].clone();
-                        let verdict = |j: &Box<dyn Judge>| {
-                            (j.name().to_owned(), j.verdict(&user, &output.text))
-                        };
-                        let verdicts = self.judges.iter().map(verdict).collect();
+                        let judges = self.judges.iter();
+                        let verdicts = judges
+                            .map(|j| (j.name().to_owned(), j.verdict(&user, &output.text)))
+                            .collect();
                         answer.transcript.push(Turn {
                             user,
                             reply: output.text,
