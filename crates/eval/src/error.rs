@@ -68,6 +68,20 @@ pub enum EvalError {
         /// Names that it may have.
         names: String,
     },
+    /// The file with TruthfulQA's answered questions is not there, or is another.
+    #[error(
+        "{path}: {reason}; the file must hold the {need} answered questions that stand before each of \
+         TruthfulQA, a line `Q: ...` and a line `A: ...` each, with empty lines between (the \
+         `prompt_qa` of lm-evaluation-harness's truthfulqa_mc1.yaml)"
+    )]
+    Primer {
+        /// The file.
+        path: String,
+        /// How many.
+        need: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// There are too few examples for the prompts.
     #[error("{suite} needs {need} examples before a question; its file has {have}")]
     Shots {

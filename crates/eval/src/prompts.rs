@@ -1,8 +1,8 @@
 //! Prompts: what demur ships, and files of the same layout.
 //!
 //! JSONL, plain or gzipped, one object a line with `id`, `prompt`, and where known `label`,
-//! `category`, `style`, `split`, `pair`. Labels `safe`/`unsafe` and `harmless`/`harmful` mean the same. Other
-//! keys are ignored: public data sets carry many.
+//! `category`, `style`, `split`, `pair`. Labels `safe`/`unsafe` and `harmless`/`harmful` mean the same.
+//! Other keys are ignored: public data sets carry many.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;

@@ -2,7 +2,8 @@
 //!
 //! Each prompt is summarised by the largest activation of every latent over a window of its tokens.
 //! Per latent: the difference of the groups' means, AUROC, and a test, Wilcoxon's on the differences
-//! if the groups are paired and Mann-Whitney's if not, whose p values are adjusted over all latents that fire at all (Benjamini-Hochberg). Latents that are active on
+//! if the groups are paired and Mann-Whitney's if not, whose p values are adjusted over all latents
+//! that fire at all (Benjamini-Hochberg). Latents that are active on
 //! more than `max_density` of the harvest are set aside: they say nothing about a request.
 
 use crate::error::FeatureError;

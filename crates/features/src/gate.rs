@@ -578,7 +578,7 @@ mod tests {
     #[test]
     fn training_finds_the_column_and_is_the_same_each_time() {
         let row = |i: usize| {
-            let is_unsafe = (i % 2 == 0) != (i == 7);
+            let is_unsafe = i.is_multiple_of(2) != (i == 7);
             let noise = ((i * 13) % 7) as f32;
             vec![
                 noise,

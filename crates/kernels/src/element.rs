@@ -293,16 +293,7 @@ impl Element for bf16 {
 mod tests {
     use super::*;
     use crate::dispatch::on_every_isa;
-
-    fn noise(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
+    use crate::testing::noise;
 
     #[test]
     fn rounding_is_to_the_nearest_and_even() {

@@ -32,6 +32,8 @@ mod packed;
 pub mod pool;
 pub mod quant;
 pub mod sparse;
+#[cfg(test)]
+mod testing;
 
 pub use error::KernelError;
 

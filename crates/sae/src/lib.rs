@@ -1,21 +1,26 @@
 //! Sparse autoencoders: equations, training, metrics, file formats.
 //!
-//! A TopK SAE writes an activation `x` as a sparse sum of dictionary rows:
+//! An SAE writes an activation `x` as a sparse sum of dictionary rows:
 //!
 //! ```text
-//! f(x)  = relu(top_k((x - b_dec) W_enc + b_enc))        [d_sae]
+//! f(x)  = activation((x - b_dec) W_enc + b_enc)         [d_sae]
 //! x_hat = f(x) W_dec + b_dec                            [d_model]
 //! ```
+//!
+//! The activation is the architecture: [`arch`] has one file for each. [`formats`] reads the files of the
+//! libraries that train SAEs.
 //!
 //! The crate knows activations, not tokens. Numbers are f32; files may be f16.
 #![forbid(unsafe_code)]
 
 pub mod activations;
+pub mod arch;
 mod error;
+pub mod formats;
 pub mod metrics;
+mod sae;
 pub mod saelens;
-mod topk;
 pub mod train;
 
 pub use error::SaeError;
-pub use topk::{Codes, Sae, SaeConfig};
+pub use sae::{Codes, Sae, SaeConfig};

@@ -1,6 +1,6 @@
 //! How good a reconstruction is: FVU, L0, dead latents, density.
 
-use crate::topk::{Codes, Sae};
+use crate::sae::{Codes, Sae};
 
 /// Quality over a whole evaluation set.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -67,7 +67,7 @@ impl QualityMeter {
     pub fn add_rows(&mut self, sae: &Sae, x: &[f32]) {
         let codes = sae.encode(x, x.len() / sae.d_model());
         let mut x_hat = vec![0.0; x.len()];
-        sae.decode(&codes, &mut x_hat);
+        sae.reconstruct(x, &codes, &mut x_hat);
         self.add(x, &x_hat, &codes);
     }
 

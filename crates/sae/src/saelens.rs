@@ -1,26 +1,34 @@
-//! The SAELens 6 directory layout, with our manifest beside it.
+//! The SAELens directory layout, version 6 and the flat one before it, with our manifest beside it.
 //!
 //! | file | holds |
 //! | --- | --- |
 //! | `cfg.json` | `architecture`, `d_in`, `d_sae`, `k`, `metadata`, ... |
-//! | `sae_weights.safetensors` | `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`, `b_dec` |
+//! | `sae_weights.safetensors` | `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`, `b_dec`, and what the architecture adds |
 //! | `manifest.json` | sha256 of both, and how the SAE was trained |
 //!
-//! Orientation is converted here and nowhere else: in memory the encoder is `[d_sae, d_in]`. Keys or
-//! values that are not known are refused, by name: a reader that guesses loads a TopK SAE as a ReLU
-//! one. A directory is written beside its place and renamed, so it is whole or not there.
+//! Before version 6 there is no `metadata`: its keys are beside the others, some under older names.
+//!
+//! Orientation is converted here and nowhere else: in memory the encoder is `[d_sae, d_in]`.
+//! `rescale_acts_by_decoder_norm` and `scaling_factor` are folded into the weights. Keys or values
+//! that are not known are refused, by name: a reader that guesses loads a TopK SAE as a ReLU one. A
+//! directory is written beside its place and renamed, so it is whole or not there.
+//!
+//! BatchTopK SAEs are written as SAELens writes them: as JumpReLU with one threshold for all latents.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use half::f16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::arch::{Activation, InputNorm, Wiring};
 use crate::error::SaeError;
-use crate::topk::{Sae, SaeConfig};
+use crate::formats::folder::write_folder;
+use crate::formats::tensors::{LIMIT, Tensors, transpose};
+use crate::sae::{Sae, SaeConfig};
 
 /// Element type of weights on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,21 +43,54 @@ const CONFIG: &str = "cfg.json";
 const WEIGHTS: &str = "sae_weights.safetensors";
 const MANIFEST: &str = "manifest.json";
 
-/// Keys of `cfg.json` that may be there, with the only values that this reader knows; an empty list
-/// accepts any.
-const KNOWN: [(&str, &[&str]); 12] = [
-    ("architecture", &["\"topk\""]),
+/// Keys of `cfg.json` with the only values that this reader knows; an empty list accepts any.
+const KNOWN: [(&str, &[&str]); 14] = [
+    ("architecture", &[]),
     ("d_in", &[]),
+    ("d_out", &[]),
     ("d_sae", &[]),
     ("k", &[]),
-    ("dtype", &["\"float32\"", "\"float16\""]),
+    (
+        "dtype",
+        &[
+            "\"float32\"",
+            "\"float16\"",
+            "\"bfloat16\"",
+            "\"torch.float32\"",
+        ],
+    ),
     ("device", &[]),
-    ("apply_b_dec_to_input", &["true"]),
-    ("normalize_activations", &["\"none\""]),
+    ("apply_b_dec_to_input", &["true", "false"]),
+    ("normalize_activations", &[]),
     ("reshape_activations", &["\"none\""]),
-    ("rescale_acts_by_decoder_norm", &["false"]),
+    ("rescale_acts_by_decoder_norm", &["false", "true"]),
     ("metadata", &[]),
     ("sae_lens_version", &[]),
+    ("sae_lens_training_version", &[]),
+];
+
+/// Keys of the flat layout before version 6, beyond [`KNOWN`].
+const FLAT: [(&str, &[&str]); 20] = [
+    ("activation_fn", &["\"relu\"", "\"topk\""]),
+    ("activation_fn_str", &["\"relu\"", "\"topk\""]),
+    ("activation_fn_kwargs", &[]),
+    ("finetuning_scaling_factor", &["false", "true"]),
+    ("model_name", &[]),
+    ("hook_name", &[]),
+    ("hook_point", &[]),
+    ("hook_layer", &[]),
+    ("hook_point_layer", &[]),
+    ("hook_head_index", &[]),
+    ("hook_point_head_index", &[]),
+    ("context_size", &[]),
+    ("prepend_bos", &[]),
+    ("dataset_path", &[]),
+    ("dataset_trust_remote_code", &[]),
+    ("neuronpedia_id", &[]),
+    ("model_from_pretrained_kwargs", &[]),
+    ("seqpos_slice", &[]),
+    ("seqpos", &[]),
+    ("model_kwargs", &[]),
 ];
 
 /// An SAE's files in memory: what is shipped in a binary, or read from a folder.
@@ -103,8 +144,10 @@ pub fn parse(place: &str, files: Files<'_>) -> Result<Sae, SaeError> {
     }
     let config: Map<String, Value> = serde_json::from_slice(files.config)
         .map_err(|e| format(CONFIG, format!("not a JSON object: {e}")))?;
+    let flat = !config.contains_key("metadata") && !config.contains_key("sae_lens_version");
+    let keys = || KNOWN.iter().chain(FLAT.iter().filter(|_| flat));
     for (key, value) in &config {
-        match KNOWN.iter().find(|k| k.0 == key) {
+        match keys().find(|k| k.0 == key) {
             None => return Err(format(CONFIG, format!("key '{key}' is not known"))),
             Some((_, [])) => {}
             Some((_, values)) if values.contains(&value.to_string().as_str()) => {}
@@ -117,133 +160,183 @@ pub fn parse(place: &str, files: Files<'_>) -> Result<Sae, SaeError> {
             }
         }
     }
-    if !config.contains_key("architecture") {
-        return Err(format(CONFIG, "'architecture' is missing".to_owned()));
-    }
     let size = |key: &str| {
         config
             .get(key)
             .and_then(Value::as_u64)
             .and_then(|v| usize::try_from(v).ok())
-            .filter(|v| *v > 0 && *v <= 1 << 24)
+            .filter(|v| *v > 0 && *v <= LIMIT)
             .ok_or_else(|| format(CONFIG, format!("'{key}' is missing or not a sane size")))
     };
-    let text = |key: &str| {
-        config
-            .get("metadata")
-            .and_then(|m| m.get(key))
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+    let text = |keys: [&str; 2]| {
+        let metadata = if flat {
+            Some(&config)
+        } else {
+            config.get("metadata").and_then(Value::as_object)
+        };
+        let found = metadata.and_then(|m| keys.iter().find_map(|k| m.get(*k)?.as_str()));
+        found.unwrap_or_default().to_owned()
     };
-    let cfg = SaeConfig {
-        d_model: size("d_in")?,
-        d_sae: size("d_sae")?,
-        k: size("k")?,
-        hook_name: text("hook_name").to_owned(),
-        model_name: text("model_name").to_owned(),
+    let kwargs = config.get("activation_fn_kwargs");
+    let activation_fn = ["activation_fn", "activation_fn_str"]
+        .iter()
+        .find_map(|k| config.get(*k)?.as_str());
+    let name = match config.get("architecture") {
+        _ if activation_fn == Some("topk") => "topk",
+        Some(Value::String(name)) => name,
+        Some(other) => {
+            let reason = format!("architecture = {other} is not supported");
+            return Err(format(CONFIG, reason));
+        }
+        None if flat && activation_fn.is_some() => "standard",
+        None => return Err(format(CONFIG, "'architecture' is missing".to_owned())),
     };
-    let tensors = SafeTensors::deserialize(files.weights)
-        .map_err(|e| format(WEIGHTS, format!("not safetensors: {e}")))?;
-    let known = ["W_enc", "W_dec", "b_enc", "b_dec"];
-    if let Some(name) = tensors.names().into_iter().find(|n| !known.contains(n)) {
-        return Err(format(
-            WEIGHTS,
-            format!("tensor '{name}' is not known for TopK"),
-        ));
+    let input_norm = match config.get("normalize_activations") {
+        None => InputNorm::None,
+        Some(Value::Null | Value::Bool(false)) if flat => InputNorm::None,
+        Some(Value::String(s)) if s == "none" => InputNorm::None,
+        Some(Value::String(s)) if s == "constant_norm_rescale" => InputNorm::ConstantNormRescale,
+        Some(Value::String(s)) if s == "layer_norm" => InputNorm::LayerNorm,
+        Some(other) => {
+            let reason = format!(
+                "normalize_activations = {other} is not supported; supported: none, \
+                 constant_norm_rescale, layer_norm; fold others with save_inference_model"
+            );
+            return Err(format(CONFIG, reason));
+        }
+    };
+    let (d, m) = (size("d_in")?, size("d_sae")?);
+    let (kind, transcoder, skip) = match name {
+        "transcoder" => ("standard", true, false),
+        "skip_transcoder" => ("standard", true, true),
+        "jumprelu_transcoder" => ("jumprelu", true, false),
+        "jumprelu_skip_transcoder" => ("jumprelu", true, true),
+        other => (other, false, false),
+    };
+    for (key, only) in [
+        ("k", kind == "topk"),
+        ("rescale_acts_by_decoder_norm", kind == "topk"),
+        ("d_out", transcoder),
+    ] {
+        if config.contains_key(key) && !only {
+            return Err(format(
+                CONFIG,
+                format!("key '{key}' is not known for {name}"),
+            ));
+        }
     }
-    let get = |name: &str, shape: &[usize]| -> Result<Vec<f32>, SaeError> {
-        let t = tensors
-            .tensor(name)
-            .map_err(|_| format(WEIGHTS, format!("tensor '{name}' is missing")))?;
-        if t.shape() != shape {
-            let reason = format!("tensor '{name}' has shape {:?}, not {shape:?}", t.shape());
-            return Err(format(WEIGHTS, reason));
+    let d_out = if transcoder { size("d_out")? } else { d };
+    let mut t = Tensors::safetensors(&format!("{place}/{WEIGHTS}"), files.weights)?;
+    let mut w_enc = t.take_transposed("W_enc", d, m)?;
+    let mut w_dec = t.take("W_dec", &[m, d_out])?;
+    let b_dec = t.take("b_dec", &[d_out])?;
+    let mut b_enc = if kind == "gated" {
+        vec![0.0; m]
+    } else {
+        t.take("b_enc", &[m])?
+    };
+    let mut k = m;
+    let activation = match kind {
+        "topk" => {
+            k = match kwargs.and_then(|a| a.get("k")).and_then(Value::as_u64) {
+                Some(k) if !config.contains_key("k") => k as usize,
+                _ => size("k")?,
+            };
+            if config.get("rescale_acts_by_decoder_norm") == Some(&Value::Bool(true)) {
+                fold_norms(&mut w_enc, &mut b_enc, &mut w_dec, d, d_out);
+            }
+            Activation::TopK { k }
         }
-        match t.dtype() {
-            Dtype::F32 => Ok(t
-                .data()
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect()),
-            Dtype::F16 => Ok(t
-                .data()
-                .chunks_exact(2)
-                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect()),
-            other => Err(format(
-                WEIGHTS,
-                format!("tensor '{name}' has type {other:?}"),
-            )),
+        "standard" => Activation::Relu,
+        "jumprelu" => {
+            let threshold = if t.has("log_threshold") {
+                let log = t.take("log_threshold", &[m])?;
+                log.into_iter().map(f32::exp).collect()
+            } else {
+                t.take("threshold", &[m])?
+            };
+            Activation::JumpRelu { threshold }
+        }
+        "gated" => {
+            let r = t.take("r_mag", &[m])?;
+            Activation::Gated {
+                b_gate: t.take("b_gate", &[m])?,
+                scale: r.into_iter().map(f32::exp).collect(),
+                b_mag: t.take("b_mag", &[m])?,
+            }
+        }
+        other => {
+            let reason = format!(
+                "architecture = \"{other}\" is not supported; supported: topk, standard, jumprelu, \
+                 gated, transcoder, skip_transcoder, jumprelu_transcoder, jumprelu_skip_transcoder"
+            );
+            return Err(format(CONFIG, reason));
         }
     };
-    let (d, m) = (cfg.d_model, cfg.d_sae);
-    let w_enc = transpose(&get("W_enc", &[d, m])?, d, m);
-    let (w_dec, b_enc, b_dec) = (
-        get("W_dec", &[m, d])?,
-        get("b_enc", &[m])?,
-        get("b_dec", &[d])?,
-    );
-    Sae::new(cfg, w_enc, b_enc, w_dec, b_dec)
+    if flat && t.has("scaling_factor") {
+        let factor = t.take("scaling_factor", &[m])?;
+        for (row, f) in w_dec.chunks_exact_mut(d_out).zip(factor) {
+            row.iter_mut().for_each(|w| *w *= f);
+        }
+    }
+    let w_skip = skip.then(|| t.take("W_skip", &[d_out, d])).transpose()?;
+    t.finish()?;
+    let cfg = SaeConfig {
+        d_model: d,
+        d_sae: m,
+        k,
+        hook_name: text(["hook_name", "hook_point"]),
+        model_name: text(["model_name", "model_name"]),
+    };
+    let centre = match config.get("apply_b_dec_to_input") {
+        Some(v) => v == &Value::Bool(true),
+        None => !transcoder,
+    };
+    let wiring = Wiring {
+        input_norm,
+        centre,
+        transcoder,
+        w_skip,
+    };
+    Sae::of(cfg, activation, wiring, w_enc, b_enc, w_dec, b_dec)
+}
+
+/// Unit decoder rows with the same selection and reconstruction: `rescale_acts_by_decoder_norm`
+/// multiplies pre-activations by the row norms and divides activations by them.
+fn fold_norms(w_enc: &mut [f32], b_enc: &mut [f32], w_dec: &mut [f32], d: usize, d_out: usize) {
+    let rows = w_enc.chunks_exact_mut(d).zip(b_enc);
+    for ((enc, b), dec) in rows.zip(w_dec.chunks_exact_mut(d_out)) {
+        let norm = dec.iter().map(|v| v * v).sum::<f32>().sqrt();
+        if norm > 0.0 {
+            enc.iter_mut().for_each(|v| *v *= norm);
+            dec.iter_mut().for_each(|v| *v /= norm);
+            *b *= norm;
+        }
+    }
 }
 
 /// Writes `sae` to `folder`, which must not exist or be an SAE of this layout. `training` says how it
 /// came to be and goes into the manifest. Returns the sha256 of the weights.
 ///
 /// # Errors
-/// [`SaeError::Io`]; a folder that was there is left as it was.
+/// [`SaeError::Io`]; a folder that was there is left as it was. [`SaeError::Config`] for a transcoder
+/// that SAELens has no architecture for.
 pub fn save(
     sae: &Sae,
     folder: &Path,
     ty: WeightType,
     training: &Value,
 ) -> Result<String, SaeError> {
-    let io = |path: &Path| {
-        let path = path.display().to_string();
-        move |source| SaeError::Io { path, source }
-    };
-    let parent = folder
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(io(parent))?;
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777)); // less the umask, as any folder
-    }
-    let scratch = builder
-        .prefix(".sae-")
-        .tempdir_in(parent)
-        .map_err(io(parent))?;
-    let (config, weights) = (config_json(sae, ty), weights_bytes(sae, ty)?);
+    let (config, weights) = (config_json(sae, ty)?, weights_bytes(sae, ty)?);
     let sum = hex(&weights);
     let manifest = json!({
         "format": "saelens-6",
-        "sha256": { CONFIG: hex(&config), WEIGHTS: sum },
+        "sha256": { CONFIG: hex(&config), WEIGHTS: &sum },
         "training": training,
     });
     let manifest = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
-    for (name, bytes) in [
-        (CONFIG, &config),
-        (WEIGHTS, &weights),
-        (MANIFEST, &manifest),
-    ] {
-        let path = scratch.path().join(name);
-        fs::write(&path, bytes).map_err(io(&path))?;
-        fs::File::open(&path)
-            .and_then(|f| f.sync_all())
-            .map_err(io(&path))?;
-    }
-    let fresh = scratch.keep();
-    if folder.join(CONFIG).is_file() {
-        let old = parent.join(format!(".sae-old-{}", std::process::id()));
-        fs::rename(folder, &old).map_err(io(folder))?;
-        fs::rename(&fresh, folder).map_err(io(folder))?;
-        fs::remove_dir_all(&old).map_err(io(&old))?;
-    } else {
-        fs::rename(&fresh, folder).map_err(io(folder))?;
-    }
+    let files = [(CONFIG, config), (WEIGHTS, weights), (MANIFEST, manifest)];
+    write_folder(folder, &files)?;
     Ok(sum)
 }
 
@@ -285,19 +378,16 @@ fn check_sums(place: &str, manifest: &[u8], files: &Files<'_>) -> Result<(), Sae
     Ok(())
 }
 
-fn config_json(sae: &Sae, ty: WeightType) -> Vec<u8> {
-    let cfg = sae.cfg();
-    let json = json!({
-        "architecture": "topk",
+fn config_json(sae: &Sae, ty: WeightType) -> Result<Vec<u8>, SaeError> {
+    let (cfg, wiring) = (sae.cfg(), sae.wiring());
+    let mut json = json!({
         "d_in": cfg.d_model,
         "d_sae": cfg.d_sae,
-        "k": cfg.k,
         "dtype": match ty { WeightType::F32 => "float32", WeightType::F16 => "float16" },
         "device": "cpu",
-        "apply_b_dec_to_input": true,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": wiring.centre,
+        "normalize_activations": wiring.input_norm.name(),
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": false,
         "metadata": {
             "model_name": cfg.model_name,
             "hook_name": cfg.hook_name,
@@ -305,14 +395,38 @@ fn config_json(sae: &Sae, ty: WeightType) -> Vec<u8> {
             "prepend_bos": false,
         },
     });
-    serde_json::to_vec_pretty(&json).unwrap_or_default()
+    if wiring.transcoder {
+        json["d_out"] = sae.d_out().into();
+    }
+    let architecture = match (sae.activation(), wiring.transcoder) {
+        (Activation::TopK { k }, false) => {
+            json["k"] = (*k).into();
+            json["rescale_acts_by_decoder_norm"] = false.into();
+            "topk".to_owned()
+        }
+        (Activation::BatchTopK { .. } | Activation::Matryoshka { .. }, false) => {
+            "jumprelu".to_owned()
+        }
+        (Activation::JumpRelu { .. } | Activation::Relu, _) | (Activation::Gated { .. }, false)
+            if wiring.transcoder || wiring.w_skip.is_none() =>
+        {
+            sae.architecture()
+        }
+        _ => {
+            return Err(SaeError::Config {
+                field: "architecture",
+                value: sae.architecture(),
+                rule: "has no place in SAELens' layout; write sparsify's".to_owned(),
+            });
+        }
+    };
+    json["architecture"] = architecture.into();
+    Ok(serde_json::to_vec_pretty(&json).unwrap_or_default())
 }
 
 fn weights_bytes(sae: &Sae, ty: WeightType) -> Result<Vec<u8>, SaeError> {
-    let cfg = sae.cfg();
-    let (d, m) = (cfg.d_model, cfg.d_sae);
+    let (d, m, d_out) = (sae.d_model(), sae.d_sae(), sae.d_out());
     let (w_enc_t, b_enc, w_dec, b_dec) = sae.weights();
-    let w_enc = transpose(w_enc_t, m, d);
     let bytes = |v: &[f32]| -> Vec<u8> {
         match ty {
             WeightType::F32 => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -326,12 +440,45 @@ fn weights_bytes(sae: &Sae, ty: WeightType) -> Result<Vec<u8>, SaeError> {
         WeightType::F32 => Dtype::F32,
         WeightType::F16 => Dtype::F16,
     };
-    let all: BTreeMap<&str, (Vec<usize>, Vec<u8>)> = BTreeMap::from([
-        ("W_enc", (vec![d, m], bytes(&w_enc))),
-        ("W_dec", (vec![m, d], bytes(w_dec))),
-        ("b_enc", (vec![m], bytes(b_enc))),
-        ("b_dec", (vec![d], bytes(b_dec))),
+    let mut all: BTreeMap<&str, (Vec<usize>, Vec<u8>)> = BTreeMap::from([
+        ("W_enc", (vec![d, m], bytes(&transpose(w_enc_t, m, d)))),
+        ("W_dec", (vec![m, d_out], bytes(w_dec))),
+        ("b_dec", (vec![d_out], bytes(b_dec))),
     ]);
+    let mut vector = |name, v: &[f32]| {
+        all.insert(name, (vec![m], bytes(v)));
+    };
+    match sae.activation() {
+        Activation::TopK { .. } | Activation::Relu => vector("b_enc", b_enc),
+        Activation::BatchTopK { threshold, .. } | Activation::Matryoshka { threshold, .. } => {
+            vector("b_enc", b_enc);
+            vector("threshold", &vec![*threshold; m]);
+        }
+        Activation::JumpRelu { threshold } => {
+            vector("b_enc", b_enc);
+            vector("threshold", threshold);
+        }
+        Activation::Gated {
+            b_gate,
+            scale,
+            b_mag,
+        } => {
+            if scale.iter().any(|s| *s <= 0.0) {
+                return Err(SaeError::Config {
+                    field: "r_mag",
+                    value: "the logarithm of a factor of 0 or less".to_owned(),
+                    rule: "has no place in SAELens' layout".to_owned(),
+                });
+            }
+            let r: Vec<f32> = scale.iter().map(|s| s.ln()).collect();
+            vector("b_gate", b_gate);
+            vector("b_mag", b_mag);
+            vector("r_mag", &r);
+        }
+    }
+    if let Some(w) = &sae.wiring().w_skip {
+        all.insert("W_skip", (vec![d_out, d], bytes(w)));
+    }
     let failed = |e: safetensors::SafeTensorError| SaeError::Format {
         path: WEIGHTS.to_owned(),
         reason: e.to_string(),
@@ -342,17 +489,6 @@ fn weights_bytes(sae: &Sae, ty: WeightType) -> Result<Vec<u8>, SaeError> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(failed)?;
     safetensors::serialize(views, None).map_err(failed)
-}
-
-/// The transpose of a `[rows, columns]` matrix.
-fn transpose(w: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; w.len()];
-    for (r, row) in w.chunks_exact(columns.max(1)).enumerate() {
-        for (c, v) in row.iter().enumerate() {
-            out[c * rows + r] = *v;
-        }
-    }
-    out
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -418,10 +554,10 @@ mod tests {
                 edit(
                     p,
                     "\"normalize_activations\": \"none\"",
-                    "\"normalize_activations\": \"layer_norm\"",
+                    "\"normalize_activations\": \"covariance_whitening\"",
                 )
             },
-            "layer_norm",
+            "covariance_whitening",
         );
         refused(|p| edit(p, "\"k\": 1", "\"k\": -1"), "'k'");
         refused(|p| edit(p, "\"d_sae\": 2", "\"d_sae\": 4"), "shape");

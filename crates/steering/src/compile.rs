@@ -160,6 +160,15 @@ fn compile_one(
         let entry = entry(saes, name, place)?;
         let edited = spec.edits.iter().map(|e| e.latent);
         check_sae(name, entry, edited, d_model, place)?;
+        if entry.sae.wiring().transcoder {
+            return Err(SteeringError::Site {
+                place: place.to_owned(),
+                reason: format!(
+                    "'{name}' is a transcoder, which writes another site than it reads; an edit needs an \
+                     SAE of its own site"
+                ),
+            });
+        }
         values = absolute_values(spec, entry, place)?;
         sae = Some(Arc::clone(&entry.sae));
     }

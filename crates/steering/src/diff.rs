@@ -73,17 +73,16 @@ mod tests {
     fn check(from: &str, to: &str, expected: &[(&str, &str, &str)]) {
         let second = PLAN.replace(from, to);
         let plans = [PLAN, &second].map(|text| SteeringPlan::from_toml(text).unwrap());
-        let text = |v: &Option<Value>| v.as_ref().map_or("-".to_owned(), Value::to_string);
-        let found = diff(&plans[0], &plans[1]);
-        let found: Vec<(&str, String, String)> = found
+        let value = |text: &str| (text != "-").then(|| serde_json::from_str(text).unwrap());
+        let expected: Vec<Change> = expected
             .iter()
-            .map(|c| (&*c.place, text(&c.before), text(&c.after)))
+            .map(|(place, before, after)| Change {
+                place: (*place).to_owned(),
+                before: value(before),
+                after: value(after),
+            })
             .collect();
-        let expected: Vec<_> = expected
-            .iter()
-            .map(|(p, b, a)| (*p, (*b).to_owned(), (*a).to_owned()))
-            .collect();
-        assert_eq!(found, expected);
+        assert_eq!(diff(&plans[0], &plans[1]), expected);
     }
 
     #[test]

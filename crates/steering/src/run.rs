@@ -227,7 +227,7 @@ impl Compiled {
         let reconstruction = match (codes, &self.sae, self.error_term) {
             (Some(codes), Some(sae), ErrorTerm::Dropped) => {
                 let mut out = vec![0.0; n * d];
-                sae.decode(codes, &mut out);
+                sae.reconstruct(resid, codes, &mut out);
                 Some(out)
             }
             _ => None,
@@ -247,14 +247,16 @@ impl Compiled {
             let x = &mut resid[t * d..(t + 1) * d];
             delta.fill(0.0);
             if let Some(sae) = &self.sae {
+                let unit = sae.unit(x);
                 for (e, (edit, value)) in self.edits.iter().enumerate() {
                     let f = read(t, edit.latent, x);
                     memory.before[e] += f64::from(f);
                     memory.after[e] += f64::from(f);
                     changes[e] = change(edit.op, *value, f);
                     if changes[e] != 0.0 {
+                        let by = unit * changes[e];
                         for (o, w) in delta.iter_mut().zip(sae.decoder_row(edit.latent as usize)) {
-                            *o += changes[e] * w;
+                            *o += by * w;
                         }
                     }
                 }

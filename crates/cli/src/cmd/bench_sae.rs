@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::bench::median;
 use crate::progress::say;
+use crate::resident;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -118,7 +119,10 @@ pub fn run(args: &Args) -> Result<()> {
         ("state_mb", state as f64 / 1e6),
         ("copies_mb", copies as f64 / 1e6),
         ("batch_mb", size_of_val(&x[..]) as f64 / 1e6),
-        ("peak_rss_mb", peak_rss().unwrap_or(f64::NAN) / 1e6),
+        (
+            "peak_rss_mb",
+            resident::peak().map_or(f64::NAN, |b| b as f64 / 1e6),
+        ),
     ];
     let isa = demur_kernels::dispatch::isa().name();
     let threads = demur_kernels::threads();
@@ -152,12 +156,4 @@ fn noise(n: usize) -> Vec<f32> {
         (state >> 8) as f32 / (1 << 23) as f32 - 1.0
     };
     (0..n).map(|_| (0..4).map(|_| uniform()).sum()).collect()
-}
-
-/// The most memory that the process had, in bytes, where the system tells it.
-fn peak_rss() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
-    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(1024.0 * kilobytes)
 }

@@ -215,7 +215,9 @@ fn scores(
         let mut state = plan.start();
         state.edit(site, &rows, &mut x.to_vec());
         let audit = state.audit().unwrap_or_default();
-        scores.push(audit["gates"][at]["score"].as_f64().unwrap_or_default());
+        // A gate that has read no token is closed.
+        let score = audit["gates"][at]["score"].as_f64();
+        scores.push(score.unwrap_or(f64::NEG_INFINITY));
         bar.advance(1);
         Ok(())
     })?;

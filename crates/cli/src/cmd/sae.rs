@@ -1,9 +1,10 @@
-//! `demur sae`: train one, or show one.
+//! `demur sae`: train one, show one, or convert one between formats.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use demur_sae::saelens;
+use anyhow::{Result, bail};
+use demur_sae::formats::{self, sparsify};
+use demur_sae::saelens::{self, WeightType};
 use serde_json::json;
 
 use crate::cmd::study::load;
@@ -23,6 +24,8 @@ Examples:
   demur sae train                                the SAE that demur ships, trained again
   demur sae train my.toml --set train.k=64       that of a study of your own
   demur sae info runs/quickstart-sae/train/sae   what it is, its sums checked
+  demur sae info params.npz                      of any format that is read
+  demur sae convert ae.pt my-sae                 to the SAELens layout
 
 Training that was stopped goes on where it was: run the same command again.";
 
@@ -48,14 +51,36 @@ enum Action {
     ///
     /// Training that was stopped goes on where it was: run the same command again.
     Fit(super::sae_fit::Args),
-    /// Show an SAE in the SAELens layout, its sums checked.
+    /// Show an SAE of any format, its sums checked if it has a manifest.
     Info {
-        /// Its folder.
-        folder: PathBuf,
+        /// Its folder, or its file.
+        path: PathBuf,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
+    /// Write an SAE of any format in another.
+    ///
+    /// Read are SAELens (6 and the flat one before), sparsify, dictionary_learning, openai, Gemma Scope,
+    /// Llama Scope, and the gated SAEs of Phi-3. Constants of normalisation are folded into the weights.
+    Convert {
+        /// A folder, or a file (`.npz`, `.safetensors`, `.pt`).
+        from: PathBuf,
+        /// The folder to write, which must not exist.
+        to: PathBuf,
+        /// The format to write.
+        #[arg(long, value_enum, default_value_t = Target::Saelens)]
+        format: Target,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Target {
+    Saelens,
+    Sparsify,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -67,7 +92,13 @@ pub fn run(args: Args) -> Result<()> {
             json,
         } => train(&study, &sets, runs, json),
         Action::Fit(args) => super::sae_fit::run(&args),
-        Action::Info { folder, json } => info(&folder, json),
+        Action::Info { path, json } => info(&path, json),
+        Action::Convert {
+            from,
+            to,
+            format,
+            json,
+        } => convert(&from, &to, format, json),
     }
 }
 
@@ -90,18 +121,53 @@ fn train(name: &str, sets: &[String], runs: PathBuf, as_json: bool) -> Result<()
     ))
 }
 
-fn info(folder: &Path, as_json: bool) -> Result<()> {
-    let sae = saelens::load(folder)?;
-    let sha256 = saelens::weights_sha256(folder)?;
-    let cfg = sae.cfg();
+fn info(path: &Path, as_json: bool) -> Result<()> {
+    let (sae, format) = formats::load(path)?;
+    let sha256 = match format {
+        formats::Format::Saelens => Some(saelens::weights_sha256(path)?),
+        _ => None,
+    };
+    let (cfg, wiring) = (sae.cfg(), sae.wiring());
     if as_json {
-        return say(json!({ "folder": folder, "cfg": cfg, "sha256": sha256 }));
+        return say(json!({
+            "folder": path, "format": format, "architecture": sae.architecture(),
+            "activation": sae.activation(), "input_norm": wiring.input_norm,
+            "centred": wiring.centre, "d_out": sae.d_out(), "cfg": cfg, "sha256": sha256,
+        }));
     }
     say(format_args!(
-        "TopK, k = {}: {} -> {} latents",
-        cfg.k, cfg.d_model, cfg.d_sae
+        "{}, at most {} active: {} -> {} latents",
+        sae.architecture(),
+        cfg.k,
+        cfg.d_model,
+        cfg.d_sae
     ))?;
+    say(format_args!("input   {}", wiring.input_norm.name()))?;
     say(format_args!("model   {}", cfg.model_name))?;
     say(format_args!("site    {}", cfg.hook_name))?;
-    say(format_args!("sha256  {sha256}"))
+    match sha256 {
+        Some(sum) => say(format_args!("sha256  {sum}")),
+        None => Ok(()),
+    }
+}
+
+fn convert(from: &Path, to: &Path, target: Target, as_json: bool) -> Result<()> {
+    if to.exists() {
+        bail!(
+            "{} is there already; name a folder that is not",
+            to.display()
+        );
+    }
+    let (sae, format) = formats::load(from)?;
+    match target {
+        Target::Saelens => {
+            let training = json!({ "converted_from": format });
+            saelens::save(&sae, to, WeightType::F32, &training)?;
+        }
+        Target::Sparsify => sparsify::save(&sae, to)?,
+    }
+    if as_json {
+        return say(json!({ "folder": to, "architecture": sae.architecture(), "from": format }));
+    }
+    say(to.display())
 }

@@ -29,8 +29,8 @@ pub struct Args {
     /// Another, to measure quality on.
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
-    /// Folder for the SAE, `metrics.jsonl`, and the state until training has ended.
-    #[arg(long, short, default_value = "sae")]
+    /// Folder for `sae/`, `metrics.jsonl`, and the state until training has ended.
+    #[arg(long, short, default_value = "fit")]
     out: PathBuf,
     /// Latents for each dimension of the activations.
     #[arg(long, default_value_t = 8)]
@@ -131,7 +131,8 @@ pub fn run(args: &Args) -> Result<()> {
         "seed": args.seed, "final_fvu": last["fvu"], "demur": env!("CARGO_PKG_VERSION"),
     });
     let sae = trainer.finish()?;
-    saelens::save(&sae, &args.out, WeightType::F32, &training)?;
+    let folder = args.out.join("sae");
+    saelens::save(&sae, &folder, WeightType::F32, &training)?;
     // Only now: a run that is killed before this line goes on from it.
     std::fs::remove_file(&state).with_context(|| format!("remove {}", state.display()))?;
     let held_out = match &args.held_out {
@@ -151,11 +152,11 @@ pub fn run(args: &Args) -> Result<()> {
     let rate = ((cfg.steps - started.0) * batch) as f64 / seconds;
     if args.json {
         return say(json!({
-            "folder": args.out, "steps": cfg.steps, "batch": batch, "d_sae": cfg.sae.d_sae,
+            "folder": folder, "steps": cfg.steps, "batch": batch, "d_sae": cfg.sae.d_sae,
             "last": last, "held_out": held_out, "vectors_per_s": rate,
         }));
     }
-    say(args.out.display())?;
+    say(folder.display())?;
     let fvu = last["fvu"].as_f64().unwrap_or(f64::NAN);
     say(format_args!(
         "  {} steps, {rate:.0} rows/s, FVU of the last batch {fvu:.4}",
@@ -193,7 +194,8 @@ fn train(
         writeln!(log, "{last}")?;
         bar.advance(1);
         bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
-        if s.step % args.checkpoint_every.max(1) == 0 || s.step == cfg.steps {
+        let due = s.step.is_multiple_of(args.checkpoint_every.max(1));
+        if due || s.step == cfg.steps {
             log.sync_all()?;
             trainer.save(state)?;
         }

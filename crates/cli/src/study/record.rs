@@ -30,7 +30,6 @@ const DEPLOYABLE: [Arm; 6] = [
     Arm::GatedClampDamped,
 ];
 
-#[allow(clippy::too_many_arguments)] // one a stage
 pub fn assemble(
     c: &StudyContext,
     run: &Run,

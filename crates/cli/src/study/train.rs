@@ -228,7 +228,7 @@ fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOu
             .collect();
         let codes = sae.encode(&x, of_sequence.len());
         let mut x_hat = vec![0.0; x.len()];
-        sae.decode(&codes, &mut x_hat);
+        sae.reconstruct(&x, &codes, &mut x_hat);
         meter.add(&x, &x_hat, &codes);
         let squares = |pairs: &mut dyn Iterator<Item = (f64, f64)>| -> f64 {
             pairs.map(|(a, b)| (a - b).powi(2)).sum()

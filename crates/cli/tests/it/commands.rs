@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 27] = [
+    let commands: [&[&str]; 28] = [
         &[],
         &["study"],
         &["report"],
@@ -38,6 +38,7 @@ fn help_teaches_every_argument() {
         &["sae", "train"],
         &["sae", "info"],
         &["sae", "fit"],
+        &["sae", "convert"],
         &["features"],
         &["plan"],
         &["plan", "check"],

@@ -60,7 +60,7 @@ fn what_harvest_writes_is_trained_on_and_goes_on_after_a_stop() {
         text.lines().map(line).collect()
     };
     assert_eq!(lines("whole").len() as u64, steps);
-    place.run(["sae", "info", "whole"]).succeeded();
+    place.run(["sae", "info", "whole/sae"]).succeeded();
 
     // Stopped at some moment, and the same command again: the same weights and metrics.
     let mut child = place
@@ -91,7 +91,8 @@ fn what_harvest_writes_is_trained_on_and_goes_on_after_a_stop() {
     let _ = child.wait();
     fit("cut", &[]).succeeded();
     assert_eq!(lines("cut"), lines("whole"));
-    let weights = |out: &str| fs::read(place.path(out).join("sae_weights.safetensors")).unwrap();
+    let weights =
+        |out: &str| fs::read(place.path(out).join("sae/sae_weights.safetensors")).unwrap();
     assert!(weights("cut") == weights("whole"), "the weights differ");
 
     fs::write(place.path("broken.safetensors"), b"no").unwrap();

@@ -15,9 +15,8 @@ const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
 /// Columns of the original files, which have no line of names.
 const COLUMNS: [&str; 6] = ["question", "A", "B", "C", "D", "answer"];
 
-/// The questions before each of TruthfulQA, part of the benchmark's definition (Lin et al. 2022,
-/// Apache-2.0).
-const PRIMER: &str = include_str!("../../data/truthfulqa_primer.txt");
+/// Answered questions before each of TruthfulQA.
+const PRIMED: usize = 6;
 
 /// MMLU's categories: those of its authors.
 const CATEGORIES: [(&str, &str); 3] = [
@@ -283,9 +282,34 @@ fn arc_row(row: &Row) -> Result<(String, Vec<String>, usize), EvalError> {
     Ok((question, choices, index))
 }
 
-/// `truthfulqa_mc1` and `truthfulqa_mc2`: six answered questions, then the question; choices are the
-/// answers.
-pub fn truthfulqa(path: &Path, second: bool) -> Result<Vec<Item>, EvalError> {
+/// The answered questions before each of TruthfulQA: lines `Q: ...` and `A: ...` in turn.
+fn primer(path: &Path) -> Result<String, EvalError> {
+    let wrong = |reason: String| EvalError::Primer {
+        path: path.display().to_string(),
+        need: PRIMED,
+        reason,
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+    let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    let mut pairs = Vec::new();
+    for two in lines.split(|l| l.is_empty()).filter(|two| !two.is_empty()) {
+        match two {
+            [q, a] if q.starts_with("Q: ") && a.starts_with("A: ") => {
+                pairs.push(format!("{q}\n{a}"));
+            }
+            _ => return Err(wrong(format!("'{}' is no such pair", two.join(" / ")))),
+        }
+    }
+    if pairs.len() != PRIMED {
+        return Err(wrong(format!("it has {} pairs", pairs.len())));
+    }
+    Ok(pairs.join("\n\n"))
+}
+
+/// `truthfulqa_mc1` and `truthfulqa_mc2`: six answered questions, which are the file `primer`'s, then
+/// the question; choices are the answers.
+pub fn truthfulqa(path: &Path, primed: &Path, second: bool) -> Result<Vec<Item>, EvalError> {
+    let before = primer(primed)?;
     let suite = if second {
         "truthfulqa_mc2"
     } else {
@@ -320,7 +344,7 @@ pub fn truthfulqa(path: &Path, second: bool) -> Result<Vec<Item>, EvalError> {
             id,
             parts: Vec::new(),
             ask: Ask::Choose {
-                context: format!("{}\n\nQ: {question}\nA:", PRIMER.trim_end()),
+                context: format!("{before}\n\nQ: {question}\nA:"),
                 choices,
                 gold,
             },
@@ -452,9 +476,11 @@ mod tests {
     fn truthfulqa_targets() {
         let write = |text: &str| {
             let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("t.jsonl");
+            let (path, primed) = (folder.path().join("t.jsonl"), folder.path().join("p.txt"));
             std::fs::write(&path, text).unwrap();
-            truthfulqa(&path, true)
+            let pairs: Vec<String> = (0..6).map(|i| format!("Q: {i}?\nA: {i}.\n")).collect();
+            std::fs::write(&primed, pairs.join("\n")).unwrap();
+            truthfulqa(&path, &primed, true)
         };
         let items =
             write(r#"{"question": "Why?", "mc2_targets": {"yes": 1, "so": 1, "no": 0}}"#).unwrap();
@@ -467,8 +493,8 @@ mod tests {
             panic!()
         };
         assert_eq!((choices.len(), *gold), (3, Gold::First(2)));
-        assert!(context.ends_with(".\n\nQ: Why?\nA:"), "{context}");
-        assert!(context.starts_with("Q: ") && context.matches("\nA: ").count() == 6);
+        assert!(context.starts_with("Q: 0?\nA: 0.\n\nQ: 1?\n"), "{context}");
+        assert!(context.ends_with("\n\nQ: 5?\nA: 5.\n\nQ: Why?\nA:"), "{context}");
         let listed = r#"{"prompt": "Why?", "mc2": {"choices": ["a", "b"], "labels": [1, 0]}}"#;
         assert_eq!(write(listed).unwrap().len(), 1);
         for bad in [
@@ -478,5 +504,21 @@ mod tests {
         ] {
             assert!(write(bad).unwrap_err().to_string().contains("`mc2`"));
         }
+    }
+
+    #[test]
+    fn a_primer_is_six_answered_questions() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("truthfulqa_primer.txt");
+        let refused = |words: &[&str]| {
+            let e = primer(&path).unwrap_err().to_string();
+            assert!(e.contains("truthfulqa_primer.txt") && e.contains("6"), "{e}");
+            assert!(words.iter().all(|w| e.contains(w)), "{e}");
+        };
+        refused(&["No such file"]);
+        std::fs::write(&path, "Q: a?\nA: b.\n").unwrap();
+        refused(&["it has 1 pairs"]);
+        std::fs::write(&path, "Q: a?\nb.\n").unwrap();
+        refused(&["'Q: a? / b.'"]);
     }
 }

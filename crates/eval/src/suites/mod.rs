@@ -247,6 +247,8 @@ pub const SUITES: &[Suite] = &[
     },
 ];
 
+/// The answered questions before each of TruthfulQA. They are not demur's and not shipped.
+const PRIMER: &str = "truthfulqa_primer.txt";
 const TRUTHFULQA: &[&[&str]] = &[&["truthfulqa.jsonl", "truthfulqa.jsonl.gz", "mc_task.json"]];
 const GSM8K: &[&[&str]] = &[
     &["gsm8k_test.jsonl", "gsm8k_test.jsonl.gz", "test.jsonl"],
@@ -293,8 +295,8 @@ impl Suite {
         let items = match self.name {
             "mmlu" => choices::mmlu(&paths[0], &paths[1], limit)?,
             "arc_easy" | "arc_challenge" => choices::arc(self.name, &paths[0])?,
-            "truthfulqa_mc1" => choices::truthfulqa(&paths[0], false)?,
-            "truthfulqa_mc2" => choices::truthfulqa(&paths[0], true)?,
+            "truthfulqa_mc1" => choices::truthfulqa(&paths[0], &data.join(PRIMER), false)?,
+            "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &data.join(PRIMER), true)?,
             "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1], limit)?,
             "gsm8k_cot" => gsm8k::gsm8k_cot(&paths[0], &paths[1])?,
             "multiturn_scripted" => safety::scripted(self.name, &paths[0])?,

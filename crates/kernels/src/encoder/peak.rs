@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
 use crate::dispatch::{Isa, isa};
+use crate::gemm::{Matrix, matmul_with};
 
 /// GFLOP/s of all threads when the instruction of [`super`]'s bf16 product runs on registers alone; of
 /// the f32 product of the `gemm` crate, on operands in the cache, where there is none. The best of `rounds`.
@@ -34,8 +36,6 @@ fn run() -> f64 {
         std::hint::black_box(super::avx512::spin(rounds));
         return rounds as f64 * 16.0 * 64.0;
     }
-    let _ = isa() >= Isa::Avx2;
-    use crate::gemm::{Matrix, matmul_with};
     let (m, n, k, rounds) = (128, 128, 256, 64);
     let (a, b) = (vec![1.0f32; m * k], vec![1.0f32; n * k]);
     let mut c = vec![0.0f32; m * n];

@@ -43,7 +43,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SaeError;
-use crate::topk::{Sae, SaeConfig};
+use crate::sae::{Sae, SaeConfig};
 pub use data::{Rows, ScaledRows};
 pub use step::Timing;
 use step::Workspace;

@@ -1,6 +1,8 @@
 //! SAE folders and training states that are not what they should be: an SAE or an error, never a
 //! panic.
 
+mod formats;
+
 use std::sync::LazyLock;
 
 use demur_sae::saelens::{self, Files, WeightType};

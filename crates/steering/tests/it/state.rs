@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use demur_model::hooks::{Intervention, InterventionState, Role, Rows, Site};
+use demur_sae::arch::{Activation, InputNorm, Wiring};
 use demur_sae::{Sae, SaeConfig};
 use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringError, SteeringPlan, compile};
 
@@ -226,4 +227,67 @@ fn what_does_not_fit_is_named() {
         },
         "width 3",
     );
+}
+
+#[test]
+fn an_sae_that_normalises_is_edited_in_the_rows_own_scale() {
+    // Rows are brought to a norm of sqrt(2); (3, 4) becomes (3, 4) sqrt(2) / 5, its unit 5 / sqrt(2).
+    let cfg = SaeConfig {
+        d_model: 2,
+        d_sae: 2,
+        k: 2,
+        hook_name: "blocks.1.hook_resid_post".to_owned(),
+        model_name: "none".to_owned(),
+    };
+    let eye = vec![1.0, 0.0, 0.0, 1.0];
+    let wiring = Wiring {
+        input_norm: InputNorm::ConstantNormRescale,
+        ..Wiring::default()
+    };
+    let (activation, zeros) = (Activation::TopK { k: 2 }, vec![0.0; 2]);
+    let sae = Sae::of(
+        cfg,
+        activation,
+        wiring,
+        eye.clone(),
+        zeros.clone(),
+        eye,
+        zeros,
+    )
+    .unwrap();
+    let mut saes = saes();
+    saes.get_mut("main").unwrap().sae = Arc::new(sae);
+    let plan = SteeringPlan::from_toml(
+        r#"
+version = 1
+name = "set"
+[[interventions]]
+site = "layers.1"
+sae = "main"
+edits = [{ latent = 0, op = "set", value = 2.0 }]
+span = { prompt = true, skip_first = false }
+"#,
+    )
+    .unwrap();
+    let plan = compile(&plan, &saes, 3, 2).unwrap();
+    let mut state = plan.start();
+    let rows = Rows {
+        start_pos: 1,
+        tokens: &[7],
+        roles: &[Role::User],
+        generated: false,
+    };
+    let mut x = [3.0, 4.0];
+    state.edit(Site::post(1), &rows, &mut x);
+    let unit = 5.0 / 2f32.sqrt();
+    assert!((x[0] - 2.0 * unit).abs() < 1e-5, "{x:?}");
+    assert_eq!(x[1], 4.0);
+    // The audit speaks of activations, whatever the row's scale.
+    let latent = &state.audit().unwrap()["interventions"][0]["latents"][0];
+    let close = |key: &str, expected: f64| {
+        let found = latent[key].as_f64().unwrap();
+        assert!((found - expected).abs() < 1e-5, "{key}: {found}");
+    };
+    close("mean_before", 3.0 * 2f64.sqrt() / 5.0);
+    close("mean_after", 2.0);
 }
