@@ -74,7 +74,14 @@ pub fn score(
     let mut shared = model.new_cache();
     let mut at = 0;
     while at < requests.len() {
-        let (end, prefix) = alike(model, requests, at);
+        let (mut end, prefix) = alike(model, requests, at);
+        // Those that share nothing go through the model together.
+        while prefix == 0 && end < requests.len() && end - at < config.max_batch {
+            match alike(model, requests, end) {
+                (next, 0) => end = next,
+                _ => break,
+            }
+        }
         let state = read_shared(
             model,
             &requests[at],
