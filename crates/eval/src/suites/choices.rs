@@ -494,7 +494,10 @@ mod tests {
         };
         assert_eq!((choices.len(), *gold), (3, Gold::First(2)));
         assert!(context.starts_with("Q: 0?\nA: 0.\n\nQ: 1?\n"), "{context}");
-        assert!(context.ends_with("\n\nQ: 5?\nA: 5.\n\nQ: Why?\nA:"), "{context}");
+        assert!(
+            context.ends_with("\n\nQ: 5?\nA: 5.\n\nQ: Why?\nA:"),
+            "{context}"
+        );
         let listed = r#"{"prompt": "Why?", "mc2": {"choices": ["a", "b"], "labels": [1, 0]}}"#;
         assert_eq!(write(listed).unwrap().len(), 1);
         for bad in [
@@ -512,7 +515,10 @@ mod tests {
         let path = folder.path().join("truthfulqa_primer.txt");
         let refused = |words: &[&str]| {
             let e = primer(&path).unwrap_err().to_string();
-            assert!(e.contains("truthfulqa_primer.txt") && e.contains("6"), "{e}");
+            assert!(
+                e.contains("truthfulqa_primer.txt") && e.contains("6"),
+                "{e}"
+            );
             assert!(words.iter().all(|w| e.contains(w)), "{e}");
         };
         refused(&["No such file"]);
