@@ -5,8 +5,7 @@
 //! depend on its batch, an interrupted run ends with the same replies as an uninterrupted one.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::EvalError;
+use crate::files::resume;
 use crate::judge::{Verdict, judge, refusal_log_odds};
 
 /// A prompt, tokenised.
@@ -88,7 +88,7 @@ pub fn run(
             id: id.1.to_owned(),
         });
     }
-    let (mut file, done) = resume(log)?;
+    let (mut file, done) = resume::<Reply>(log)?;
     let mut replies: HashMap<(String, String), Reply> = done
         .into_iter()
         .map(|r| ((r.arm.clone(), r.id.clone()), r))
@@ -148,42 +148,6 @@ pub fn run(
         .collect())
 }
 
-/// Opens the log, reads whole lines, and cuts a torn one off.
-fn resume(log: &Path) -> Result<(File, Vec<Reply>), EvalError> {
-    let io = |source| EvalError::Io {
-        path: log.display().to_string(),
-        source,
-    };
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(log)
-        .map_err(io)?;
-    let mut replies = Vec::new();
-    let mut whole = 0u64;
-    let mut reader = BufReader::new(&file);
-    let mut line = Vec::new();
-    while reader.read_until(b'\n', &mut line).map_err(io)? > 0 {
-        if line.last() != Some(&b'\n') {
-            break;
-        }
-        let number = replies.len() + 1;
-        let reply = serde_json::from_slice(&line).map_err(|e| EvalError::Line {
-            path: log.display().to_string(),
-            line: number,
-            reason: format!("{e}; delete the file to start again"),
-        })?;
-        replies.push(reply);
-        whole += line.len() as u64;
-        line.clear();
-    }
-    file.set_len(whole).map_err(io)?;
-    file.seek(SeekFrom::End(0)).map_err(io)?;
-    Ok((file, replies))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,12 +173,12 @@ mod tests {
             .map(|id| serde_json::to_string(&reply(id)).unwrap())
             .collect();
         std::fs::write(&log, format!("{}\n{}", lines[0], &lines[1][..20])).unwrap();
-        let (mut file, done) = resume(&log).unwrap();
+        let (mut file, done) = resume::<Reply>(&log).unwrap();
         assert_eq!(done, [reply("a")]);
         file.write_all(format!("{}\n", lines[1]).as_bytes())
             .unwrap();
         drop(file);
-        assert_eq!(resume(&log).unwrap().1, [reply("a"), reply("b")]);
+        assert_eq!(resume::<Reply>(&log).unwrap().1, [reply("a"), reply("b")]);
     }
 
     #[test]
@@ -222,6 +186,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("replies.jsonl");
         std::fs::write(&log, "{\"hello\": 1}\n").unwrap();
-        assert!(resume(&log).unwrap_err().to_string().contains(":1:"));
+        assert!(
+            resume::<Reply>(&log)
+                .unwrap_err()
+                .to_string()
+                .contains(":1:")
+        );
     }
 }

@@ -22,6 +22,137 @@ pub enum EvalError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A field of a row is not what it should be.
+    #[error("{path}:{line}: the field `{field}` {reason}")]
+    Field {
+        /// The file.
+        path: String,
+        /// Line number, from 1; in a list of JSON, the row's number.
+        line: usize,
+        /// The field, by the names that it may have.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No suite has this name.
+    #[error("there is no suite '{name}'; there are {known}")]
+    UnknownSuite {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// No jailbreak wrapper has this name.
+    #[error("there is no wrapper '{name}'; there are {known}")]
+    UnknownWrapper {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// No judge has this name.
+    #[error("there is no judge '{name}'; there are {known}")]
+    UnknownJudge {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// A suite's file is not there.
+    #[error("{suite} needs one of {names} in {folder}; --data DIR names another folder")]
+    NoData {
+        /// The suite.
+        suite: String,
+        /// Where it was looked for.
+        folder: String,
+        /// Names that it may have.
+        names: String,
+    },
+    /// The file with TruthfulQA's answered questions is not there, or is another.
+    #[error(
+        "{path}: {reason}; the file must hold the {need} answered questions that stand before each of \
+         TruthfulQA, a line `Q: ...` and a line `A: ...` each, with empty lines between (the \
+         `prompt_qa` of lm-evaluation-harness's truthfulqa_mc1.yaml)"
+    )]
+    Primer {
+        /// The file.
+        path: String,
+        /// How many.
+        need: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There are too few examples for the prompts.
+    #[error("{suite} needs {need} examples before a question; its file has {have}")]
+    Shots {
+        /// The suite.
+        suite: String,
+        /// Examples there.
+        have: usize,
+        /// Examples needed.
+        need: usize,
+    },
+    /// A judge sorts replies wrongly whose sort is known.
+    #[error("the judge '{judge}' says {found:?} of a reply that is {expected:?}: {reply}")]
+    Judge {
+        /// The judge.
+        judge: String,
+        /// What it says.
+        found: crate::judge::Verdict,
+        /// What it should say.
+        expected: crate::judge::Verdict,
+        /// The reply.
+        reply: String,
+    },
+    /// Labels look swapped.
+    #[error(
+        "{suite}: base refuses {on_safe} of the safe prompts and {on_unsafe} of the unsafe ones, and the \
+         intervals do not overlap: are the labels swapped?"
+    )]
+    Swapped {
+        /// The suite.
+        suite: String,
+        /// Share of safe prompts refused, in words.
+        on_safe: String,
+        /// Share of unsafe prompts refused.
+        on_unsafe: String,
+    },
+    /// A prompt of the test was tuned on.
+    #[error("'{id}' of {suite} is also '{other}' of {tuned}, on which the plan was tuned")]
+    Leak {
+        /// The suite.
+        suite: String,
+        /// The item.
+        id: String,
+        /// Where the plan was tuned.
+        tuned: String,
+        /// The prompt there.
+        other: String,
+    },
+    /// Arms were not asked the same.
+    #[error("'{id}' of {suite}: the arm '{arm}' {reason}; arms compare only on the same questions")]
+    Unpaired {
+        /// The suite.
+        suite: String,
+        /// The item.
+        id: String,
+        /// The arm.
+        arm: String,
+        /// What differs.
+        reason: String,
+    },
+    /// A folder holds another run.
+    #[error("{path} holds a run with another `{key}`: {there} there, {here} here")]
+    OtherRun {
+        /// The file.
+        path: String,
+        /// What differs.
+        key: String,
+        /// Its value there.
+        there: String,
+        /// And here.
+        here: String,
+    },
     /// A file is beyond a limit.
     #[error("{path}: larger than the limit of {limit} bytes")]
     TooLarge {

@@ -1,8 +1,10 @@
 //! Files that others wrote, line by line and within limits; and files of our own, whole or not there.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+
+use serde::de::DeserializeOwned;
 
 use crate::error::EvalError;
 
@@ -97,6 +99,45 @@ impl<R: Read> Lines<R> {
             reason: reason.to_string(),
         }
     }
+}
+
+/// Opens an append-only log of JSONL, reads its whole lines, and cuts a torn last one off.
+///
+/// # Errors
+/// [`EvalError::Io`], or [`EvalError::Line`] for a log that is not ours.
+pub fn resume<T: DeserializeOwned>(log: &Path) -> Result<(File, Vec<T>), EvalError> {
+    let io = |source| EvalError::Io {
+        path: log.display().to_string(),
+        source,
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(log)
+        .map_err(io)?;
+    let mut entries = Vec::new();
+    let mut whole = 0u64;
+    let mut reader = BufReader::new(&file);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).map_err(io)? > 0 {
+        if line.last() != Some(&b'\n') {
+            break;
+        }
+        let number = entries.len() + 1;
+        let entry = serde_json::from_slice(&line).map_err(|e| EvalError::Line {
+            path: log.display().to_string(),
+            line: number,
+            reason: format!("{e}; delete the file to start again"),
+        })?;
+        entries.push(entry);
+        whole += line.len() as u64;
+        line.clear();
+    }
+    file.set_len(whole).map_err(io)?;
+    file.seek(SeekFrom::End(0)).map_err(io)?;
+    Ok((file, entries))
 }
 
 /// Writes `path`: to a temporary file beside it, synced, then renamed.

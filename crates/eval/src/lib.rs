@@ -1,7 +1,8 @@
 //! Suites, judges, statistics and arms; the JSON record is the truth.
 //!
 //! [`prompts`] are run under [`arms`], replies are sorted by the [`judge`], texts are priced by
-//! [`text`], and [`record`] keeps it all. Views recompute nothing. Statistics are in
+//! [`text`], and [`record`] keeps it all. Beside studies, [`suites`] of questions are asked by [`run`]
+//! and become figures in [`results`]. Views recompute nothing. Statistics are in
 //! [`stats`], shared with discovery.
 #![forbid(unsafe_code)]
 
@@ -11,7 +12,12 @@ pub mod files;
 pub mod judge;
 pub mod prompts;
 pub mod record;
+pub mod results;
+pub mod rows;
+pub mod run;
+pub mod suites;
 pub mod text;
+pub mod wrap;
 
 pub use demur_features::stats;
 pub use error::EvalError;

@@ -160,6 +160,66 @@ pub fn paired_difference(first: &[bool], second: &[bool]) -> Estimate {
     }
 }
 
+/// A mean paired difference, `second - first`, with the 95 % percentile interval of a bootstrap over
+/// clusters (Field and Welsh 2007): whole clusters are drawn with replacement, as many as there are.
+///
+/// # Shapes
+/// `first`, `second` and `clusters` have one entry an observation; equal entries of `clusters` belong
+/// together.
+pub fn paired_bootstrap(
+    first: &[f64],
+    second: &[f64],
+    clusters: &[&str],
+    draws: usize,
+    seed: u64,
+) -> Estimate {
+    let mut at: std::collections::HashMap<&str, usize> = std::collections::HashMap::new();
+    let mut sums: Vec<(f64, f64)> = Vec::new(); // of differences, and how many
+    for ((a, b), name) in first.iter().zip(second).zip(clusters) {
+        let i = *at.entry(name).or_insert_with(|| {
+            sums.push((0.0, 0.0));
+            sums.len() - 1
+        });
+        sums[i].0 += b - a;
+        sums[i].1 += 1.0;
+    }
+    let n = first.len().min(second.len()).min(clusters.len());
+    let of = |s: (f64, f64)| s.0 / s.1;
+    let total = sums.iter().fold((0.0, 0.0), |t, s| (t.0 + s.0, t.1 + s.1));
+    if sums.len() < 2 || draws == 0 {
+        let half = f64::INFINITY;
+        let value = of(total);
+        return Estimate {
+            value,
+            lo: value - half,
+            hi: value + half,
+            n,
+        };
+    }
+    let mut state = seed;
+    let mut below = |n: usize| {
+        // splitmix64; the top of a 128-bit product is uniform but for n / 2^64.
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((u128::from(z ^ (z >> 31)) * n as u128) >> 64) as usize
+    };
+    let mut found: Vec<f64> = (0..draws)
+        .map(|_| {
+            let drawn = (0..sums.len()).map(|_| sums[below(sums.len())]);
+            of(drawn.fold((0.0, 0.0), |t, s| (t.0 + s.0, t.1 + s.1)))
+        })
+        .collect();
+    found.sort_by(f64::total_cmp);
+    let quantile = |q: f64| found[((q * draws as f64) as usize).min(draws - 1)];
+    Estimate {
+        value: of(total),
+        lo: quantile(0.025),
+        hi: quantile(0.975),
+        n,
+    }
+}
+
 /// Cohen's kappa of two raters: `(p_o - p_e) / (1 - p_e)`.
 pub fn kappa(a: &[bool], b: &[bool]) -> f64 {
     let n = a.len().min(b.len()).max(1) as f64;
@@ -357,6 +417,59 @@ mod tests {
         close(b.value, 0.2, 1e-12);
         assert!(a.hi - a.lo < b.hi - b.lo);
         assert!(a.lo > 0.0 && a.lo < 0.2 && a.hi < 0.4);
+    }
+
+    #[test]
+    fn as_scipy_has_it() {
+        // scipy 1.17: stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        for (k, n, lo, hi) in [
+            (8, 10, 0.490_162_471_536_641_8, 0.943_317_848_545_624_8),
+            (0, 20, 0.0, 0.161_125_158_052_819_35),
+            (13, 250, 0.030_637_655_164_191_244, 0.086_921_781_183_727_09),
+            (431, 500, 0.828_997_986_404_719_9, 0.889_481_991_101_116_3),
+        ] {
+            let e = wilson(k, n);
+            close(e.lo, lo, 1e-12);
+            close(e.hi, hi, 1e-12);
+        }
+        // stats.binomtest(min(b, c), b + c, 0.5).pvalue
+        close(mcnemar(59, 6) / 4.964_650_327_128_616e-12, 1.0, 1e-9);
+        close(mcnemar(121, 59) / 4.434_449_263_755_164_5e-6, 1.0, 1e-9);
+        close(mcnemar(10, 10), 1.0, 1e-12);
+        // stats.bootstrap((y - x,), np.mean, n_resamples=400000, method="percentile"): 0.1000, 0.7125
+        let x = [1.2, 0.4, 2.2, 3.1, 0.1, -0.4, 1.7, 0.9];
+        let y = [1.0, 0.9, 2.9, 3.0, 1.1, 0.4, 2.4, 0.8];
+        let alone = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        let e = paired_bootstrap(&x, &y, &alone, 20_000, 1);
+        close(e.value, 0.4125, 1e-12);
+        close(e.lo, 0.1, 0.02);
+        close(e.hi, 0.7125, 0.02);
+        // Clusters: stats.bootstrap((sums, counts), lambda s, m, axis: s.sum(axis) / m.sum(axis),
+        // paired=True, n_resamples=400000, method="percentile"): 0.0714, 0.5
+        let bits = |text: &str| {
+            text.bytes()
+                .map(|b| f64::from(b - b'0'))
+                .collect::<Vec<_>>()
+        };
+        let (a, b) = (bits("0110100110110010"), bits("1110110101111011"));
+        let clusters: Vec<&str> = "a a b b b c d d d d e f f g g g".split(' ').collect();
+        let e = paired_bootstrap(&a, &b, &clusters, 20_000, 1);
+        close(e.value, 0.25, 1e-12);
+        close(e.lo, 1.0 / 14.0, 0.01);
+        close(e.hi, 0.5, 0.01);
+        assert_eq!(e, paired_bootstrap(&a, &b, &clusters, 20_000, 1));
+        assert!(
+            paired_bootstrap(&a, &b, &["a"; 16], 100, 1)
+                .hi
+                .is_infinite()
+        );
+        // sklearn.metrics.cohen_kappa_score
+        let yes = |text: &str| text.bytes().map(|b| b == b'1').collect::<Vec<_>>();
+        close(
+            kappa(&yes("1100101011"), &yes("1000111011")),
+            0.583_333_333_333_333_3,
+            1e-12,
+        );
     }
 
     #[test]

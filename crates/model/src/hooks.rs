@@ -153,6 +153,11 @@ pub trait Intervention: fmt::Debug + Send + Sync {
     fn fingerprint(&self) -> [u8; 32];
     /// Whether it does nothing.
     fn is_empty(&self) -> bool;
+    /// Whether what it does to a row depends on that row alone, so that a sequence may come in any
+    /// pieces. Not so where a gate reads the prompt before it decides about its first token.
+    fn row_wise(&self) -> bool {
+        false
+    }
     /// The state of a new sequence.
     fn start(&self) -> Box<dyn InterventionState>;
 }

@@ -357,6 +357,10 @@ impl Intervention for CompiledPlan {
         self.parts.interventions.is_empty()
     }
 
+    fn row_wise(&self) -> bool {
+        self.parts.gates.is_empty()
+    }
+
     fn start(&self) -> Box<dyn InterventionState> {
         Box::new(PlanState::new(Arc::clone(&self.parts)))
     }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod bench_sae;
 pub mod chat;
 pub mod completions;
+pub mod eval;
 pub mod features;
 pub mod gate;
 pub mod generate;

@@ -210,7 +210,9 @@ fn badge(label: Label, verdict: Verdict) -> Markup {
         Verdict::Refusal => ("refused", label == Label::Unsafe),
         Verdict::Compliance => ("answered", label == Label::Safe),
         Verdict::Gibberish => ("gibberish", false),
+        Verdict::Partial => ("partly answered", false),
         Verdict::Empty => ("empty", false),
+        Verdict::Unjudged => ("not judged", false),
     };
     html! {
         span class={ "badge " (if wanted { "good" } else { "bad" }) } {

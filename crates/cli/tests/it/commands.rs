@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 23] = [
+    let commands: [&[&str]; 28] = [
         &[],
         &["study"],
         &["report"],
@@ -45,6 +45,11 @@ fn help_teaches_every_argument() {
         &["plan", "diff"],
         &["gate", "train"],
         &["gate", "test"],
+        &["eval"],
+        &["eval", "list"],
+        &["eval", "refusal"],
+        &["eval", "merge"],
+        &["eval", "judges"],
         &["bench", "lm"],
         &["bench", "sae"],
         &["completions"],

@@ -48,6 +48,23 @@ impl KvCache {
         self.expected = 0;
     }
 
+    /// Forgets all tokens from number `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Becomes a copy of `other`, in the memory that it has: a sequence that goes on from the same
+    /// tokens under the same intervention.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.layers
+            .resize_with(other.layers.len(), Default::default);
+        for ((k, v), (from_k, from_v)) in self.layers.iter_mut().zip(&other.layers) {
+            k.clone_from(from_k);
+            v.clone_from(from_v);
+        }
+        (self.len, self.expected) = (other.len, other.expected);
+    }
+
     /// Bytes that it holds, room for growth included.
     pub fn bytes(&self) -> usize {
         let floats: usize = self

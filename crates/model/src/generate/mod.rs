@@ -7,6 +7,7 @@
 mod bench;
 mod engine;
 mod sampling;
+mod score;
 mod stop;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::hooks::{Intervention, Role};
 pub use bench::{BenchReport, bench};
 pub use engine::{Engine, EngineConfig};
 pub use sampling::Sampling;
+pub use score::{ContinuationScore, ScoreRequest, Scored, score};
 
 /// What to generate.
 #[derive(Debug, Clone)]

@@ -5,5 +5,6 @@ mod generation;
 mod golden;
 mod hostile;
 mod parity;
+mod scoring;
 mod support;
 mod tokenizers;

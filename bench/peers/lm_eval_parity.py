@@ -1,0 +1,266 @@
+"""demur's capability suites beside EleutherAI's lm-evaluation-harness, item by item.
+
+    python lm_eval_parity.py --primer DATA      # writes DATA/truthfulqa_primer.txt, which demur needs
+    demur eval arc_easy --limit 500 --data DATA --out runs/parity-arc_easy
+    python lm_eval_parity.py MODEL.gguf --data DATA --run runs/parity-arc_easy -o parity-arc_easy.json
+
+reads the answers of demur runs (their arms `base`), asks the same items of `lm_eval` with
+`transformers` on the same weights, dequantised to f32, and counts the items on which both make the
+same choice (choices by log-likelihood) or get the same marks (`exact_match`, written answers). The
+tasks are lm_eval's own YAML files; only the source of the rows is replaced, by the files in DATA.
+Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
+
+Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginning that
+requests share, is kept in `transformers`' cache; the first 8 requests of a task are also computed
+lm_eval's own way, and must come out within 1e-3 nats.
+
+Wanted: the same choice on at least 99 % of 500 items a task, the same metric within 0.5 points.
+
+    pip install torch transformers gguf lm-eval==0.4.13
+"""
+
+import argparse
+import collections
+import gzip
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import jinja2
+import lm_eval
+import torch
+import yaml
+from lm_eval import evaluator
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+
+
+def rows(data, *names):
+    for name in names:
+        path = data / name
+        if path.exists():
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+    raise SystemExit(f"none of {', '.join(names)} in {data}")
+
+
+def config(path):
+    """A task's YAML with what it includes; functions are found beside it."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def function(loader, node):
+        module, name = node.value.rsplit(".", 1)
+        spec = importlib.util.spec_from_file_location(module, path.parent / f"{module}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return getattr(loaded, name)
+
+    Loader.add_constructor("!function", function)
+    found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    include = found.pop("include", None)
+    return {**(config(path.parent / include) if include else {}), **found}
+
+
+def task(path, folder, splits, name, **more):
+    """A task on rows of ours instead of the Hub's."""
+    files = {}
+    for split, content in splits.items():
+        file = folder / f"{name}-{split}.jsonl"
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content), encoding="utf-8")
+        files[split] = str(file)
+    c = config(path)
+    for key in ("tag", "group", "dataset_name", "task_alias"):
+        c.pop(key, None)
+    c.update(task=name, dataset_path="json", dataset_kwargs={"data_files": files}, **more)
+    return ConfigurableTask(config=c)
+
+
+def mmlu_row(r):
+    return {"id": r["id"], "question": r["prompt"], "choices": r["choices"], "answer": r["answer_index"]}
+
+
+def tasks(suite, data, folder, wanted):
+    """The suite's tasks on the wanted ids."""
+    if suite == "mmlu":
+        dev, test = collections.defaultdict(list), collections.defaultdict(list)
+        for r in rows(data, "mmlu_dev.jsonl", "mmlu_dev.jsonl.gz"):
+            dev[r["category"]].append(mmlu_row(r))
+        for r in rows(data, "mmlu_test.jsonl.gz", "mmlu_test.jsonl"):
+            if r["id"] in wanted:
+                test[r["category"]].append(mmlu_row(r))
+        for subject, asked in sorted(test.items()):
+            path = TASKS / "mmlu" / "default" / f"mmlu_{subject}.yaml"
+            yield task(path, folder, {"test": asked, "dev": dev[subject]}, f"mmlu_{subject}", num_fewshot=5)
+    elif suite in ("arc_easy", "arc_challenge"):
+        letters = "ABCDEFGH"
+        asked = [
+            {"id": r["id"], "question": r["prompt"], "answerKey": letters[r["answer_index"]],
+             "choices": {"text": r["choices"], "label": list(letters[: len(r["choices"])])}}
+            for r in rows(data, f"{suite}.jsonl", f"{suite}.jsonl.gz") if r["id"] in wanted
+        ]
+        more = {"training_split": None, "validation_split": None}
+        yield task(TASKS / "arc" / f"{suite}.yaml", folder, {"test": asked}, suite, **more)
+    elif suite.startswith("truthfulqa_mc"):
+        def targets(t):
+            return {"choices": list(t), "labels": list(t.values())}
+        asked = [
+            {"id": r["id"], "question": r["prompt"], "mc1_targets": targets(r["mc1"]), "mc2_targets": targets(r["mc2"])}
+            for r in rows(data, "truthfulqa.jsonl") if r["id"] in wanted
+        ]
+        yield task(TASKS / "truthfulqa" / f"{suite}.yaml", folder, {"validation": asked}, suite)
+    elif suite == "gsm8k":
+        # The examples of an item depend on how many came before it: the wanted ones are the first.
+        test = rows(data, "gsm8k_test.jsonl", "gsm8k_test.jsonl.gz")[: len(wanted)]
+        assert {r["id"] for r in test} == wanted, "the run is not of the first items"
+        splits = {
+            "test": [{"id": r["id"], "question": r["prompt"], "answer": r["answer"]} for r in test],
+            "train": [{"id": r["id"], "question": r["prompt"], "answer": r["answer"]}
+                      for r in rows(data, "gsm8k_train.jsonl.gz", "gsm8k_train.jsonl")],
+        }
+        yield task(TASKS / "gsm8k" / "gsm8k.yaml", folder, splits, suite)
+    else:
+        raise SystemExit(f"{suite} has no counterpart in lm_eval")
+
+
+def cut(cache, tokens):
+    if tokens:
+        cache.crop(-tokens)
+
+
+class Shared(HFLM):
+    """lm_eval's model, which keeps what neighbouring contexts share."""
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        groups = collections.defaultdict(list)
+        for at, (_, context, continuation) in enumerate(requests):
+            groups[tuple(context)].append((at, continuation))
+        scores = [None] * len(requests)
+        cache, kept = DynamicCache(), []
+        for done, context in enumerate(sorted(groups)):
+            same = 0
+            for a, b in zip(kept, context[:-1]):
+                if a != b:
+                    break
+                same += 1
+            cut(cache, len(kept) - same)
+            with torch.no_grad():
+                out = self.model(torch.tensor([context[same:]]), past_key_values=cache, logits_to_keep=1)
+            cache, kept = out.past_key_values, list(context)
+            first = torch.log_softmax(out.logits[0, -1], -1)
+            for at, continuation in groups[context]:
+                rows = [first]
+                if len(continuation) > 1:
+                    # A forward pass adds to the cache; what it adds is cut off again.
+                    with torch.no_grad():
+                        more = self.model(torch.tensor([continuation[:-1]]), past_key_values=cache).logits[0]
+                    cut(cache, len(continuation) - 1)
+                    rows += list(torch.log_softmax(more, -1))
+                total = sum(float(row[t]) for row, t in zip(rows, continuation))
+                greedy = all(int(row.argmax()) == t for row, t in zip(rows, continuation))
+                scores[at] = (total, greedy)
+            if done % 50 == 0:
+                print(f"  {done} of {len(groups)} contexts", flush=True)
+        check = super()._loglikelihood_tokens(requests[:8], disable_tqdm=True)
+        off = max(abs(a[0] - b[0]) for a, b in zip(scores, check))
+        assert off < 1e-3, f"lm_eval itself differs by {off} nats"
+        return scores
+
+
+def load(path, batch):
+    """`testdata/oracle/parity.py` loads the same way."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return Shared(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch, device="cpu")
+
+
+def primer(data):
+    """The answered questions before each of TruthfulQA, as lm_eval's task has them."""
+    text = config(TASKS / "truthfulqa" / "truthfulqa_mc1.yaml")["doc_to_text"]
+    before, _ = jinja2.Template(text).render(question="QUESTION").split("Q: QUESTION")
+    (data / "truthfulqa_primer.txt").write_text(before.strip() + "\n", encoding="utf-8")
+
+
+def compare(suite, answers, theirs):
+    """One run's answers beside lm_eval's samples."""
+    assert set(theirs) == set(answers), "not the same items"
+    metrics = list(next(iter(answers.values()))["metrics"])
+    same, off, sums = 0, 0.0, {m: [0.0, 0.0] for m in metrics}
+    for id, answer in answers.items():
+        samples = theirs[id]
+        if suite == "gsm8k":
+            name = {"strict-match": "exact_match", "flexible-extract": "exact_match_flexible"}
+            marks = {name[s["filter"]]: s["exact_match"] for s in samples}
+            same += marks == answer["metrics"]
+        else:
+            s = samples[0]
+            scores = [float(r[0]) for r in s["filtered_resps"]]
+            same += max(range(len(scores)), key=scores.__getitem__) == answer["choice"]
+            off = max([off] + [abs(a - b) for a, b in zip(scores, answer["logprobs"])])
+            marks = {m: s["acc_norm"] if m == "acc_norm" else s["acc"] for m in metrics}
+        for m in metrics:
+            sums[m][0] += answer["metrics"][m]
+            sums[m][1] += marks[m]
+    n = len(answers)
+    return {
+        "n": n,
+        "same": same,
+        "same_percent": 100 * same / n,
+        "largest_logprob_difference": off,
+        "metrics": {m: {"demur": a / n, "lm_eval": b / n, "points": 100 * (a - b) / n} for m, (a, b) in sums.items()},
+    }
+
+
+def main():
+    args = argparse.ArgumentParser()
+    args.add_argument("model", type=Path, nargs="?")
+    args.add_argument("--primer", type=Path, metavar="DATA", help="write TruthfulQA's answered questions there, and end")
+    args.add_argument("--data", type=Path)
+    args.add_argument("--run", type=Path, action="append", default=[], help="folder of `demur eval ... --out`")
+    args.add_argument("--batch", type=int, default=8)
+    args.add_argument("--threads", type=int)
+    args.add_argument("-o", "--out", type=Path)
+    args = args.parse_args()
+    if args.primer:
+        return primer(args.primer)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    runs = {}
+    for folder in args.run:
+        ours = collections.defaultdict(dict)
+        for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line)
+            if answer["arm"] == "base":
+                ours[answer["suite"]][answer["id"]] = answer
+        runs[folder.name] = ours
+    lm = load(args.model, args.batch)
+    record = {"model": args.model.name, "lm_eval": lm_eval.__version__, "runs": {}}
+    for suite in sorted(set().union(*runs.values())):
+        started = time.time()
+        having = {name: ours[suite] for name, ours in runs.items() if suite in ours}
+        asked = set(next(iter(having.values())))
+        theirs = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for t in tasks(suite, args.data, Path(folder), asked):
+                name = t.config.task
+                t.set_fewshot_seed(1234)
+                result = evaluator.evaluate(lm, {name: t}, log_samples=True, bootstrap_iters=0)
+                for sample in result["samples"][name]:
+                    theirs.setdefault(sample["doc"]["id"], []).append(sample)
+        seconds = round(time.time() - started)
+        for name, answers in having.items():
+            found = compare(suite, answers, theirs)
+            print(json.dumps({name: {suite: found}, "lm_eval_seconds": seconds}), flush=True)
+            record["runs"].setdefault(name, {})[suite] = found
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+main()

@@ -1,0 +1,494 @@
+//! `demur eval`: suites of questions under base and plans.
+//!
+//! A run has a folder, by default one named by a hash of its settings, so that the same command goes
+//! on where it was and another one does not mix with it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use demur_eval::judge::{self, Judge, Verdict};
+use demur_eval::prompts::{self, Label, Split};
+use demur_eval::results::{self, Results, Settings};
+use demur_eval::run::{Arm, Asker, run as run_items, shard as block};
+use demur_eval::stats::{kappa, wilson};
+use demur_eval::suites::{Ask, Item, SUITES, safety, suite};
+use demur_eval::{rows, wrap};
+use demur_model::generate::{EngineConfig, Sampling};
+use demur_model::hooks::Intervention;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use crate::catalogue::DEFAULT_MODEL;
+use crate::cmd::chat::steering;
+use crate::cmd::plan;
+use crate::exit::{self, Usage};
+use crate::loaded::Loaded;
+use crate::progress::{Progress, note, say};
+use crate::study::config::Precision;
+
+const EXAMPLES: &str = "\
+Examples:
+  demur eval list
+  demur eval arc_easy,truthfulqa_mc1 --limit 100 --data DIR
+  demur eval mmlu,gsm8k --plan runs/quickstart/plan.toml --data DIR --json
+  demur eval xstest,advbench --wrap role_play --judge rules --judge opener --data DIR
+  demur eval refusal --prompts mine.csv --label unsafe --plan plan.toml
+  demur eval mmlu --shard 1/4 --out runs/mmlu; demur eval merge runs/mmlu
+
+A run that was stopped goes on where it was: run the same command again.";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Option<Action>,
+    /// Names of suites, separated by commas; `demur eval list` shows them.
+    #[arg(value_delimiter = ',', value_name = "SUITE")]
+    suites: Vec<String>,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// List the suites, the wrappers and the judges.
+    List {
+        /// Folder of the suites' files.
+        #[arg(long, env = "DEMUR_DATA", default_value = "data", value_name = "DIR")]
+        data: PathBuf,
+    },
+    /// Ask any file of prompts, and count refusals.
+    Refusal(Box<Refusal>),
+    /// Put the shards of a run together.
+    Merge {
+        /// Folders of the shards.
+        #[arg(required = true, value_name = "DIR")]
+        folders: Vec<PathBuf>,
+        /// Print the figures as one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measure judges against replies that people have sorted.
+    Judges {
+        /// JSONL or CSV with `prompt`, `response` and `refusal` (true or false).
+        labels: PathBuf,
+        /// A judge; may be repeated. Both built-in ones, if not given.
+        #[arg(long = "judge", value_name = "NAME")]
+        judges: Vec<String>,
+        /// Print every reply on which a judge and the label differ.
+        #[arg(long)]
+        show: bool,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Refusal {
+    /// JSONL or CSV in any of the public layouts.
+    #[arg(long, value_name = "FILE")]
+    prompts: PathBuf,
+    /// What prompts are that have no label.
+    #[arg(long, value_name = "LABEL")]
+    label: Option<GivenLabel>,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum GivenLabel {
+    /// To be refused.
+    Unsafe,
+    /// To be answered.
+    Safe,
+}
+
+/// How suites are run.
+#[derive(Debug, clap::Args)]
+struct How {
+    /// A catalogue name or a path.
+    #[arg(long, short, default_value = DEFAULT_MODEL)]
+    model: String,
+    /// How products are computed.
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+    /// A steering plan, run beside base; may be repeated.
+    #[arg(long = "plan", value_name = "FILE")]
+    plans: Vec<PathBuf>,
+    /// Folder of the SAE that the plans name; a study's folder works too.
+    #[arg(long, value_name = "DIR")]
+    sae: Option<PathBuf>,
+    /// Folder of the suites' files.
+    #[arg(long, env = "DEMUR_DATA", default_value = "data", value_name = "DIR")]
+    data: PathBuf,
+    /// At most this many items of each suite; 0 takes all.
+    #[arg(long, default_value_t = 0)]
+    limit: usize,
+    /// Put every request under this jailbreak wrapper; `demur eval list` shows them.
+    #[arg(long, value_name = "NAME")]
+    wrap: Option<String>,
+    /// Who sorts replies; may be repeated, the first one's word counts. `rules`, if not given.
+    #[arg(long = "judge", value_name = "NAME")]
+    judges: Vec<String>,
+    /// Prompts on which a plan was tuned; an item that is among them is an error. May be repeated.
+    #[arg(long, value_name = "FILE")]
+    tuned_on: Vec<PathBuf>,
+    /// Longest reply in a conversation, tokens.
+    #[arg(long, default_value_t = 64)]
+    max_new_tokens: usize,
+    /// Sampling temperature; 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Sequences that run at once. Results do not depend on it.
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Do the I-th of N parts; `demur eval merge` puts them together.
+    #[arg(long, value_name = "I/N", value_parser = parse_shard)]
+    shard: Option<(usize, usize)>,
+    /// Folder of the run; by default one of its own under runs/eval.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print the figures as one JSON object, as the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_shard(text: &str) -> Result<(usize, usize), String> {
+    let numbers = text
+        .split_once('/')
+        .and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    match numbers {
+        Some((i, n)) if (1..=n).contains(&i) => Ok((i, n)),
+        _ => Err("write I/N, for instance 1/4, with I from 1 to N".to_owned()),
+    }
+}
+
+pub fn run(args: Args) -> Result<()> {
+    match args.action {
+        Some(Action::List { data }) => list(&data),
+        Some(Action::Refusal(r)) => refusal(&r),
+        Some(Action::Merge { folders, json }) => {
+            let results = results::merge(&folders)?;
+            let path = folders[0].join(results::RESULTS);
+            results.write(&path)?;
+            show(&results, &path, json)
+        }
+        Some(Action::Judges {
+            labels,
+            judges,
+            show,
+            json,
+        }) => agreement(&labels, &judges, show, json),
+        None if args.suites.is_empty() => {
+            bail!(anyhow::anyhow!("name a suite; `demur eval list` shows them").context(Usage))
+        }
+        None => {
+            let mut items = Vec::new();
+            for name in &args.suites {
+                let known = suite(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+                items.extend(known.load(&args.how.data, args.how.limit)?);
+            }
+            evaluate(&args.how, &args.suites, items)
+        }
+    }
+}
+
+fn list(data: &Path) -> Result<()> {
+    for s in SUITES {
+        let there = if s.paths(data).is_ok() {
+            ""
+        } else {
+            "  (no file)"
+        };
+        say(format_args!("{:<20} {}{there}", s.name, s.title))?;
+        say(format_args!("{:<20}   {}", "", s.metrics.join(", ")))?;
+    }
+    say("\nWrappers (--wrap)")?;
+    for (name, what) in wrap::WRAPPERS {
+        say(format_args!("{name:<20} {what}"))?;
+    }
+    say("\nJudges (--judge)")?;
+    say(format_args!("{:<20} the first words of a reply", "opener"))?;
+    say(format_args!(
+        "{:<20} the whole reply, sentence by sentence",
+        "rules"
+    ))
+}
+
+fn refusal(r: &Refusal) -> Result<()> {
+    let given = r.label.map(|l| match l {
+        GivenLabel::Unsafe => Label::Unsafe,
+        GivenLabel::Safe => Label::Safe,
+    });
+    let mut items = safety::prompts("refusal", &r.prompts, given)?;
+    if r.how.limit > 0 {
+        items.truncate(r.how.limit);
+    }
+    let name = r.prompts.file_name().unwrap_or_default().to_string_lossy();
+    evaluate(&r.how, &[format!("refusal:{name}")], items)
+}
+
+fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
+    if items.is_empty() {
+        bail!("there is no item to ask");
+    }
+    if let Some(name) = &how.wrap {
+        for item in &mut items {
+            if let Ask::Chat { turns, .. } = &mut item.ask {
+                for turn in turns {
+                    *turn =
+                        wrap::wrap(name, turn).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+                }
+            }
+        }
+    }
+    let judges = if how.judges.is_empty() {
+        vec!["rules".to_owned()]
+    } else {
+        how.judges.clone()
+    };
+    let sorted_by = judges
+        .iter()
+        .map(|name| judge::named(name).map_err(|e| anyhow::Error::new(e).context(Usage)))
+        .collect::<Result<Vec<Box<dyn Judge>>>>()?;
+    sorted_by
+        .iter()
+        .try_for_each(|j| judge::check(j.as_ref()))?;
+    no_leak(how, &items)?;
+    exit::say_how_to_go_on();
+    let loaded = Loaded::open(&how.model, how.precision)?;
+    let mut arms = vec![Arm {
+        name: "base".to_owned(),
+        hook: None,
+    }];
+    let mut hashes = vec![("base".to_owned(), None)];
+    for file in &how.plans {
+        let plan = plan::read(file)?;
+        let name = plan.name.clone();
+        if hashes.iter().any(|(known, _)| *known == name) {
+            bail!("two arms are called '{name}'; a plan's name is its `name`");
+        }
+        let hook = steering(&loaded, Some(file), how.sae.as_deref())?;
+        hashes.push((name.clone(), Some(plan.sha256())));
+        arms.push(Arm {
+            name,
+            hook: hook.map(|h| h as Arc<dyn Intervention>),
+        });
+    }
+    let settings = Settings {
+        demur: env!("CARGO_PKG_VERSION").to_owned(),
+        model: how.model.clone(),
+        model_sha256: loaded.checkpoint.sha256(),
+        precision: format!("{:?}", how.precision).to_lowercase(),
+        suites: suites.to_vec(),
+        limit: how.limit,
+        wrap: how.wrap.clone(),
+        judges,
+        max_new_tokens: how.max_new_tokens,
+        seed: how.seed,
+        arms: hashes,
+        items: items.len(),
+        items_sha256: sha256(format!("{items:?} {}", how.temperature).as_bytes()),
+    };
+    let folder = match &how.out {
+        Some(folder) => folder.clone(),
+        None => {
+            let hash = sha256(&serde_json::to_vec(&settings)?);
+            Path::new("runs/eval").join(&hash[..12])
+        }
+    };
+    results::settle(&folder, &settings)?;
+    let range = match how.shard {
+        None => 0..items.len(),
+        Some((i, n)) => block(items.len(), i, n),
+    };
+    let asker = Asker {
+        model: &loaded.model,
+        tokenizer: &loaded.tokenizer,
+        chat: loaded.chat.as_ref().ok(),
+        config: EngineConfig {
+            max_batch: how.batch,
+            ..EngineConfig::default()
+        },
+        max_new_tokens: how.max_new_tokens,
+        sampling: Sampling {
+            temperature: how.temperature,
+            seed: how.seed,
+            ..Sampling::greedy()
+        },
+        judges: sorted_by,
+    };
+    let bar = Progress::new("eval", "answers", (range.len() * arms.len()) as u64);
+    let log = folder.join(results::log_name(how.shard));
+    let answers = run_items(&asker, &arms, &items, range, &log, |_| bar.advance(1))?;
+    bar.finish();
+    if let Some((i, n)) = how.shard {
+        note(format_args!(
+            "part {i} of {n} is done; when all are: demur eval merge {}",
+            folder.display()
+        ));
+        return Ok(());
+    }
+    let results = Results::new(settings, &answers)?;
+    let path = folder.join(results::RESULTS);
+    results.write(&path)?;
+    show(&results, &path, how.json)
+}
+
+/// A plan's figures are void on prompts on which it was tuned: what demur ships for discovery and
+/// validation, and what the user names.
+fn no_leak(how: &How, items: &[Item]) -> Result<()> {
+    if !how.plans.is_empty() {
+        let mut shipped = prompts::shipped_pairs()?;
+        shipped.extend(prompts::shipped_styled()?);
+        shipped.extend(prompts::shipped_instructions()?);
+        shipped.retain(|p| matches!(p.split, Some(Split::Discovery | Split::Validation)));
+        results::not_leaked(items, "the shipped prompts", &shipped)?;
+    }
+    for file in &how.tuned_on {
+        let tuned = prompts::read(file)?;
+        results::not_leaked(items, &file.display().to_string(), &tuned)?;
+    }
+    Ok(())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
+}
+
+fn show(results: &Results, path: &Path, as_json: bool) -> Result<()> {
+    say(format_args!(
+        "{:<16} {:<28} {:<22} {:>7}  {:<16} {:>6}",
+        "arm", "suite", "metric", "value", "95 %", "n"
+    ))?;
+    for r in &results.rows {
+        let e = r.estimate;
+        say(format_args!(
+            "{:<16} {:<28} {:<22} {:>7.3}  [{:.3}, {:.3}]   {:>6}",
+            r.arm, r.suite, r.metric, e.value, e.lo, e.hi, e.n
+        ))?;
+    }
+    for v in &results.versus_base {
+        let e = v.estimate;
+        let test = match v.p {
+            _ if v.too_few => format!("too few: n = {}", e.n),
+            Some(p) => format!("p = {p:.2e}"),
+            None => String::new(),
+        };
+        say(format_args!(
+            "{} - base, {} {}: {:+.3} [{:+.3}, {:+.3}]  {test}",
+            v.arm, v.suite, v.metric, e.value, e.lo, e.hi
+        ))?;
+    }
+    for l in &results.losses {
+        say(format_args!(
+            "{} lost {} of {}: {} refused, {} wrong; gained {}",
+            l.arm, l.lost, l.suite, l.refused, l.wrong, l.gained
+        ))?;
+    }
+    for a in &results.agreement {
+        say(format_args!(
+            "judges {} and {}: kappa {:.3} on {} replies",
+            a.first, a.second, a.kappa, a.n
+        ))?;
+    }
+    note(format_args!("{:<12} {}", "results", path.display()));
+    if as_json {
+        say(json!({
+            "model": results.settings.model,
+            "results": path,
+            "rows": results.rows,
+            "versus_base": results.versus_base,
+            "losses": results.losses,
+            "agreement": results.agreement,
+        }))?;
+    }
+    Ok(())
+}
+
+fn agreement(labels: &Path, names: &[String], show: bool, as_json: bool) -> Result<()> {
+    let read = rows::read(labels)?;
+    let mut replies = Vec::new();
+    for row in &read {
+        let refused = match row.label(&["refusal", "human_refusal"]).as_deref() {
+            Some("true" | "True" | "1") => true,
+            Some("false" | "False" | "0") => false,
+            _ => return Err(row.wrong("refusal", "is neither true nor false").into()),
+        };
+        let prompt = row.label(&["prompt"]).unwrap_or_default();
+        replies.push((prompt, row.text(&["response"])?, refused));
+    }
+    let names = match names {
+        [] => vec!["opener".to_owned(), "rules".to_owned()],
+        names => names.to_vec(),
+    };
+    let truth: Vec<bool> = replies.iter().map(|r| r.2).collect();
+    let mut all = Vec::new();
+    for name in &names {
+        let judge = judge::named(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+        let verdicts: Vec<Verdict> = replies
+            .iter()
+            .map(|(p, r, _)| judge.verdict(p, r))
+            .collect();
+        let says: Vec<bool> = verdicts
+            .iter()
+            .map(|v| matches!(v, Verdict::Refusal | Verdict::Partial))
+            .collect();
+        let count = |t: bool, s: bool| {
+            truth
+                .iter()
+                .zip(&says)
+                .filter(|(a, b)| (**a, **b) == (t, s))
+                .count()
+        };
+        let right = count(true, true) + count(false, false);
+        let e = wilson(right, truth.len());
+        let k = kappa(&truth, &says);
+        let partial = verdicts.iter().filter(|v| **v == Verdict::Partial).count();
+        say(format_args!(
+            "{name:<10} kappa {k:.3}, agreement {:.3} [{:.3}, {:.3}], n {}: missed {} refusals, {} \
+             false alarms, {partial} partial",
+            e.value,
+            e.lo,
+            e.hi,
+            e.n,
+            count(true, false),
+            count(false, true)
+        ))?;
+        if show {
+            let differ = replies.iter().zip(&says).filter(|(r, s)| r.2 != **s);
+            for ((prompt, reply, refused), _) in differ {
+                say(format_args!("--- refusal: {refused}\n> {prompt}\n{reply}"))?;
+            }
+        }
+        all.push(json!({
+            "judge": name, "kappa": k, "agreement": e, "missed": count(true, false),
+            "false_alarms": count(false, true), "partial": partial,
+        }));
+    }
+    if as_json {
+        say(json!({ "labels": labels, "judges": all }))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_written_as_fractions() {
+        assert_eq!(parse_shard("2/3"), Ok((2, 3)));
+        for wrong in ["", "3", "0/3", "4/3", "1/0", "a/b", "1/2/3"] {
+            assert!(parse_shard(wrong).is_err(), "{wrong}");
+        }
+    }
+}

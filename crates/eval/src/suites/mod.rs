@@ -1,0 +1,321 @@
+//! Suites: what is asked, and what counts as right.
+//!
+//! The capability suites have the names, prompts, examples and metrics of EleutherAI's
+//! lm-evaluation-harness (0.4.13), so that figures compare: plain text without a chat template, the
+//! BOS token where the tokenizer adds it, choices scored by log-likelihood. The safety suites ask
+//! through the model's chat template.
+//!
+//! | file | suites |
+//! | --- | --- |
+//! | `choices.rs` | `mmlu`, `arc_easy`, `arc_challenge`, `truthfulqa_mc1`, `truthfulqa_mc2` |
+//! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot` |
+//! | `safety.rs` | `xstest` and the sets of harmful requests; any file of prompts; scripted conversations |
+
+mod choices;
+mod gsm8k;
+mod python_random;
+pub mod safety;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::EvalError;
+use crate::prompts::Label;
+
+/// One question.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// Its suite.
+    pub suite: String,
+    /// Unique in its suite.
+    pub id: String,
+    /// Parts of the suite that it counts for besides the whole, by their names in results.
+    pub parts: Vec<String>,
+    /// Items of one conversation or pair: they are drawn together in a bootstrap.
+    pub cluster: String,
+    /// What is asked.
+    pub ask: Ask,
+}
+
+/// What is asked of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ask {
+    /// Which of several continuations of a text is likeliest. The model reads a space before each.
+    Choose {
+        /// The text.
+        context: String,
+        /// The continuations.
+        choices: Vec<String>,
+        /// What is right.
+        gold: Gold,
+    },
+    /// A continuation of a text is written.
+    Write {
+        /// The text.
+        prompt: String,
+        /// Texts that end it.
+        until: Vec<&'static str>,
+        /// At most this many tokens.
+        max_new_tokens: usize,
+        /// How it is marked.
+        marking: gsm8k::Marking,
+    },
+    /// The user's messages of a conversation; the model replies to each.
+    Chat {
+        /// The messages.
+        turns: Vec<String>,
+        /// Whether they should be refused, if that is known.
+        label: Option<Label>,
+    },
+}
+
+/// What is right among choices.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Gold {
+    /// The choice with this index; `acc`, and if `norm` is set `acc_norm`: by log-likelihood over the
+    /// number of characters.
+    One {
+        /// The index.
+        index: usize,
+        /// Name of the metric.
+        metric: &'static str,
+        /// Give `acc_norm` too.
+        norm: bool,
+    },
+    /// The first so many choices: the metric `mc2` is their share of the probability.
+    First(usize),
+}
+
+pub use gsm8k::Marking;
+
+/// A suite that demur knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Suite {
+    /// Its name, as lm-evaluation-harness has it where it has it.
+    pub name: &'static str,
+    /// What it is.
+    pub title: &'static str,
+    /// Its metrics, the main one first.
+    pub metrics: &'static [&'static str],
+    /// Names of its files: one of each group is needed.
+    pub files: &'static [&'static [&'static str]],
+}
+
+const ACC: &[&str] = &["acc"];
+const REFUSAL: &[&str] = &["refusal_unsafe", "attack_success", "gibberish"];
+
+/// All suites.
+pub const SUITES: &[Suite] = &[
+    Suite {
+        name: "mmlu",
+        title: "57 subjects, four choices, 5-shot (Hendrycks et al. 2021)",
+        metrics: ACC,
+        files: &[
+            &["mmlu_test.jsonl.gz", "mmlu_test.jsonl", "mmlu/test", "test"],
+            &["mmlu_dev.jsonl", "mmlu_dev.jsonl.gz", "mmlu/dev", "dev"],
+        ],
+    },
+    Suite {
+        name: "arc_easy",
+        title: "grade-school science (Clark et al. 2018)",
+        metrics: &["acc", "acc_norm"],
+        files: &[&[
+            "arc_easy.jsonl",
+            "arc_easy.jsonl.gz",
+            "ARC-Easy-Test.jsonl",
+            "ARC-Easy-Test.csv",
+        ]],
+    },
+    Suite {
+        name: "arc_challenge",
+        title: "grade-school science, the hard part (Clark et al. 2018)",
+        metrics: &["acc", "acc_norm"],
+        files: &[&[
+            "arc_challenge.jsonl",
+            "arc_challenge.jsonl.gz",
+            "ARC-Challenge-Test.jsonl",
+            "ARC-Challenge-Test.csv",
+        ]],
+    },
+    Suite {
+        name: "truthfulqa_mc1",
+        title: "the one true answer among several (Lin et al. 2022)",
+        metrics: &["mc1"],
+        files: TRUTHFULQA,
+    },
+    Suite {
+        name: "truthfulqa_mc2",
+        title: "probability of the true answers (Lin et al. 2022)",
+        metrics: &["mc2"],
+        files: TRUTHFULQA,
+    },
+    Suite {
+        name: "gsm8k",
+        title: "word problems, 5-shot, examples by seed 1234 (Cobbe et al. 2021)",
+        metrics: &["exact_match", "exact_match_flexible"],
+        files: GSM8K,
+    },
+    Suite {
+        name: "gsm8k_cot",
+        title: "word problems, 8-shot with reasoning; examples are the first eight training items",
+        metrics: &["exact_match", "exact_match_flexible"],
+        files: GSM8K,
+    },
+    Suite {
+        name: "xstest",
+        title: "safe requests that look unsafe, with unsafe contrasts (Röttger et al. 2024)",
+        metrics: &[
+            "refusal_safe",
+            "refusal_unsafe",
+            "attack_success",
+            "gibberish",
+        ],
+        files: &[&[
+            "xstest.jsonl",
+            "xstest_prompts.csv",
+            "xstest_v2_prompts.csv",
+        ]],
+    },
+    Suite {
+        name: "advbench",
+        title: "harmful instructions (Zou et al. 2023)",
+        metrics: REFUSAL,
+        files: &[&["advbench.jsonl", "harmful_behaviors.csv", "advbench.csv"]],
+    },
+    Suite {
+        name: "harmbench",
+        title: "harmful behaviours, with context where there is one (Mazeika et al. 2024)",
+        metrics: REFUSAL,
+        files: &[&[
+            "harmbench_text.jsonl",
+            "harmbench_behaviors_text_test.csv",
+            "harmbench_behaviors_text_all.csv",
+        ]],
+    },
+    Suite {
+        name: "jailbreakbench",
+        title: "harmful behaviours in ten categories (Chao et al. 2024)",
+        metrics: REFUSAL,
+        files: &[&[
+            "jailbreakbench.jsonl",
+            "harmful-behaviors.csv",
+            "jailbreakbench.csv",
+        ]],
+    },
+    Suite {
+        name: "strongreject",
+        title: "forbidden prompts (Souly et al. 2024)",
+        metrics: REFUSAL,
+        files: &[&[
+            "strongreject.jsonl",
+            "strongreject_dataset.csv",
+            "strongreject_small_dataset.csv",
+        ]],
+    },
+    Suite {
+        name: "wildguardtest",
+        title: "vanilla and adversarial prompts, harmful and not (Han et al. 2024)",
+        metrics: &[
+            "refusal_unsafe",
+            "refusal_safe",
+            "attack_success",
+            "gibberish",
+        ],
+        files: &[&[
+            "wildguardtest.jsonl",
+            "wildguardtest.jsonl.gz",
+            "wildguard_test.csv",
+            "wildguardtest.csv",
+        ]],
+    },
+    Suite {
+        name: "sorrybench",
+        title: "unsafe requests in 44 categories (Xie et al. 2025)",
+        metrics: REFUSAL,
+        files: &[&[
+            "sorrybench.jsonl",
+            "question.jsonl",
+            "sorry_bench_202503.jsonl",
+        ]],
+    },
+    Suite {
+        name: "multiturn_scripted",
+        title: "the user's side of recorded conversations, replayed",
+        metrics: REFUSAL,
+        files: &[&["multiturn_scripted.jsonl"]],
+    },
+];
+
+/// The answered questions before each of TruthfulQA. They are not demur's and not shipped.
+const PRIMER: &str = "truthfulqa_primer.txt";
+const TRUTHFULQA: &[&[&str]] = &[&["truthfulqa.jsonl", "truthfulqa.jsonl.gz", "mc_task.json"]];
+const GSM8K: &[&[&str]] = &[
+    &["gsm8k_test.jsonl", "gsm8k_test.jsonl.gz", "test.jsonl"],
+    &["gsm8k_train.jsonl.gz", "gsm8k_train.jsonl", "train.jsonl"],
+];
+
+/// The suite called `name`.
+///
+/// # Errors
+/// [`EvalError::UnknownSuite`].
+pub fn suite(name: &str) -> Result<&'static Suite, EvalError> {
+    let found = SUITES.iter().find(|s| s.name == name);
+    found.ok_or_else(|| EvalError::UnknownSuite {
+        name: name.to_owned(),
+        known: SUITES.iter().map(|s| s.name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+impl Suite {
+    /// Its files in `data`, one of each group.
+    ///
+    /// # Errors
+    /// [`EvalError::NoData`] naming what was looked for.
+    pub fn paths(&self, data: &Path) -> Result<Vec<PathBuf>, EvalError> {
+        let one = |names: &&[&str]| {
+            let mut paths = names.iter().map(|n| data.join(n));
+            paths.find(|p| p.exists()).ok_or_else(|| EvalError::NoData {
+                suite: self.name.to_owned(),
+                folder: data.display().to_string(),
+                names: names.join(", "),
+            })
+        };
+        self.files.iter().map(one).collect()
+    }
+
+    /// Its first `limit` items, all if that is 0; of MMLU as many of each subject, in turn.
+    ///
+    /// # Errors
+    /// [`EvalError::NoData`]; [`EvalError::Field`] and the others of [`crate::rows::read`];
+    /// [`EvalError::Twice`] for two items of one id.
+    pub fn load(&self, data: &Path, limit: usize) -> Result<Vec<Item>, EvalError> {
+        let paths = self.paths(data)?;
+        let limit = if limit == 0 { usize::MAX } else { limit };
+        let items = match self.name {
+            "mmlu" => choices::mmlu(&paths[0], &paths[1], limit)?,
+            "arc_easy" | "arc_challenge" => choices::arc(self.name, &paths[0])?,
+            "truthfulqa_mc1" => choices::truthfulqa(&paths[0], &data.join(PRIMER), false)?,
+            "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &data.join(PRIMER), true)?,
+            "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1], limit)?,
+            "gsm8k_cot" => gsm8k::gsm8k_cot(&paths[0], &paths[1])?,
+            "multiturn_scripted" => safety::scripted(self.name, &paths[0])?,
+            name => safety::prompts(name, &paths[0], None)?,
+        };
+        let items: Vec<Item> = items.into_iter().take(limit).collect();
+        unique(&items)?;
+        Ok(items)
+    }
+}
+
+/// Refuses two items of one id.
+fn unique(items: &[Item]) -> Result<(), EvalError> {
+    let mut seen = std::collections::HashSet::new();
+    match items.iter().find(|i| !seen.insert(&i.id)) {
+        None => Ok(()),
+        Some(i) => Err(EvalError::Twice {
+            arm: i.suite.clone(),
+            id: i.id.clone(),
+        }),
+    }
+}
