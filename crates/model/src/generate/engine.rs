@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use demur_kernels::ops::{logsumexp, top_k_indices};
 
+use super::prefix::{self, Prefixes};
 use super::sampling::Sampler;
 use super::stop::StopFilter;
 use super::{Event, Finish, Output, Request, RequestId, TokenLogprobs};
@@ -35,6 +36,9 @@ impl Default for EngineConfig {
     }
 }
 
+/// Requests that a prompt is compared with for a common beginning.
+const LOOK_AHEAD: usize = 64;
+
 /// Runs requests together.
 pub struct Engine<'m> {
     model: &'m Model,
@@ -43,6 +47,8 @@ pub struct Engine<'m> {
     waiting: VecDeque<Running>,
     running: Vec<Running>,
     workspace: Workspace,
+    prefixes: Prefixes,
+    shared: u64,
     next_id: RequestId,
 }
 
@@ -53,6 +59,8 @@ struct Running {
     state: Option<Box<dyn InterventionState>>,
     sampler: Sampler,
     done: usize, // tokens of prompt and reply in the cache
+    /// The prompt stops here once, to be kept for others.
+    cut: Option<usize>,
     reply: Vec<u32>,
     stream: StreamDecoder,
     filter: StopFilter,
@@ -74,6 +82,8 @@ impl<'m> Engine<'m> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             workspace: Workspace::default(),
+            prefixes: Prefixes::default(),
+            shared: 0,
             next_id: 0,
         }
     }
@@ -93,6 +103,7 @@ impl<'m> Engine<'m> {
             state: fresh_state(&request),
             sampler: Sampler::new(request.sampling.clone()),
             done: 0,
+            cut: None,
             reply: Vec::new(),
             stream: self.tokenizer.stream(),
             filter: StopFilter::new(request.stop.clone()),
@@ -156,10 +167,15 @@ impl<'m> Engine<'m> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Bytes of the caches of running sequences and of the workspace.
+    /// Bytes of the caches, shared beginnings included, and of the workspace.
     pub fn memory(&self) -> usize {
         let caches: usize = self.running.iter().map(|r| r.cache.bytes()).sum();
-        caches + self.workspace.bytes()
+        caches + self.prefixes.bytes() + self.workspace.bytes()
+    }
+
+    /// Tokens of prompts that were not run, as their beginning was shared.
+    pub fn shared_tokens(&self) -> u64 {
+        self.shared
     }
 
     /// One forward pass.
@@ -179,6 +195,7 @@ impl<'m> Engine<'m> {
                 }
             }
         }
+        self.share();
         let takes = self.schedule();
         let longest = takes.iter().copied().max().unwrap_or(0);
         let assistant = vec![Role::Assistant; longest];
@@ -219,6 +236,12 @@ impl<'m> Engine<'m> {
             return Ok(Vec::new());
         }
         let logits = self.model.forward(&mut inputs, None, &mut self.workspace)?;
+        for r in &mut self.running {
+            if r.cut == Some(r.done) {
+                r.cut = None;
+                self.prefixes.keep(&r.request, &r.cache, r.state.as_deref());
+            }
+        }
         let mut events = Vec::new();
         let mut finished = Vec::new();
         for (at, row) in choosing.into_iter().zip(logits.rows()) {
@@ -238,14 +261,57 @@ impl<'m> Engine<'m> {
         Ok(events)
     }
 
+    /// Lets sequences that have not begun go on from a beginning that has been run, and decides which of
+    /// the others will be kept for those behind them.
+    fn share(&mut self) {
+        // The cache of a sequence with two sets of frequencies depends on how long it becomes.
+        if self.model.spec().original_context().is_some() {
+            return;
+        }
+        for at in 0..self.running.len() {
+            let r = &self.running[at];
+            if r.done > 0 || r.cut.is_some() {
+                continue;
+            }
+            if let Some((cache, state)) = self.prefixes.find(&r.request) {
+                let r = &mut self.running[at];
+                r.done = cache.len();
+                self.shared += r.done as u64;
+                (r.cache, r.state) = (cache, state);
+                continue;
+            }
+            if self.waits(at) {
+                continue;
+            }
+            let behind = self.running[at + 1..].iter().filter(|o| o.done == 0);
+            let others = behind.chain(&self.waiting).take(LOOK_AHEAD);
+            let cut = prefix::cut(&r.request, others.map(|o| &o.request));
+            self.running[at].cut = cut;
+        }
+    }
+
+    /// Whether a sequence is about to get its beginning from one before it.
+    fn waits(&self, at: usize) -> bool {
+        let r = &self.running[at];
+        let mut before = self.running[..at].iter();
+        r.done == 0
+            && before.any(|f| {
+                f.cut
+                    .is_some_and(|c| prefix::waits(&r.request, &f.request, c))
+            })
+    }
+
     /// How many tokens of each running sequence go into the next pass.
     fn schedule(&self) -> Vec<usize> {
         // Sequences that decode always go on; what is left is for prompts, first come first served.
         let decoding = self.running.iter().filter(|r| r.left() == 1).count();
         let mut budget = self.config.max_batch_tokens.saturating_sub(decoding);
         let mut idle = true; // no prompt has been taken yet
-        let take = |r: &Running| {
+        let take = |(at, r): (usize, &Running)| {
             let left = r.left();
+            if self.waits(at) {
+                return 0;
+            }
             if left == 1 {
                 return 1;
             }
@@ -260,7 +326,7 @@ impl<'m> Engine<'m> {
             budget -= take.min(budget);
             take
         };
-        let takes: Vec<usize> = self.running.iter().map(take).collect();
+        let takes: Vec<usize> = self.running.iter().enumerate().map(take).collect();
         takes
     }
 
@@ -304,11 +370,11 @@ impl Running {
         self.request.tokens.len() + self.reply.len()
     }
 
-    /// Tokens of the part at hand, prompt or reply, that are not in the cache.
+    /// Tokens of the part at hand (a shared beginning, the prompt, the reply) that are not in the cache.
     fn left(&self) -> usize {
         let prompt = self.request.tokens.len();
         let end = if self.done < prompt {
-            prompt
+            self.cut.unwrap_or(prompt)
         } else {
             self.total()
         };

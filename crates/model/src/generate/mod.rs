@@ -4,8 +4,8 @@
 //! parts of long prompts) that fit in the token budget. Since a row's numbers do not depend on its
 //! batch, neither do replies depend on what else runs.
 
-mod bench;
 mod engine;
+mod prefix;
 mod sampling;
 mod score;
 mod stop;
@@ -15,7 +15,6 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::hooks::{Intervention, Role};
-pub use bench::{BenchReport, bench};
 pub use engine::{Engine, EngineConfig};
 pub use sampling::Sampling;
 pub use score::{ContinuationScore, ScoreRequest, Scored, score};

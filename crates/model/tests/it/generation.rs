@@ -8,13 +8,11 @@ use demur_kernels::ops::log_softmax_at;
 use demur_model::ModelError;
 use demur_model::checkpoint::Checkpoint;
 use demur_model::decoder::Model;
-use demur_model::generate::{
-    Engine, EngineConfig, Event, Finish, Output, Request, Sampling, bench,
-};
-use demur_model::hooks::{Role, Site};
+use demur_model::generate::{Engine, EngineConfig, Event, Finish, Output, Request, Sampling};
+use demur_model::hooks::{Intervention, Role, Site};
 use demur_model::tokenizer::{Special, Tokenizer};
 
-use crate::support::{self, Push, forward};
+use crate::support::{self, Push, RowWise, forward};
 
 struct Chat {
     model: Model,
@@ -357,9 +355,45 @@ fn a_reply_ends_with_the_context() {
     assert_eq!((output.tokens.len(), output.finish), (3, Finish::Length));
 }
 
+/// The replies of prompts with a common beginning, with and without a hook, are those of each alone;
+/// the beginning is run once for each plan.
 #[test]
-fn the_bench_measures() {
-    let report = bench(&Chat::new().model).unwrap();
-    assert!(report.prefill > 0.0 && report.decode > 0.0 && report.decode_batch > 0.0);
-    assert_eq!(report.prompt, 224, "what the context of 256 leaves");
+fn common_beginnings_are_run_once_and_change_nothing() {
+    let chat = Chat::new();
+    let common = "a system prompt that all of them begin with, whatever they ask";
+    let requests = || -> Vec<Request> {
+        let hooks: [Option<Arc<dyn Intervention>>; 3] = [
+            None,
+            Some(Arc::new(RowWise(Push::new(Site::post(0), 0.25)))),
+            // Must see its prompt whole.
+            Some(Arc::new(Push::new(Site::post(0), 0.5))),
+        ];
+        let each = hooks.iter().flat_map(|hook| {
+            ["one", "two and more", "3", "fourth"].map(|rest| {
+                let mut request = chat.request(&format!("{common} {rest}"), 6);
+                request.hook = hook.clone();
+                request
+            })
+        });
+        each.collect()
+    };
+    let n = chat.request(common, 1).tokens.len() as u64;
+    let alone: Vec<Output> = requests().into_iter().map(|r| chat.reply(r)).collect();
+    assert_ne!(alone[0].tokens, alone[4].tokens, "the hook does something");
+    for (max_batch, max_batch_tokens) in [(16, 512), (2, 512), (16, 9)] {
+        let mut engine = chat.engine(max_batch, max_batch_tokens);
+        let found = engine.run(requests(), |_, _| {}).unwrap();
+        for (i, (f, a)) in found.iter().zip(&alone).enumerate() {
+            assert_eq!(f.tokens, a.tokens, "{i} of a batch of {max_batch}");
+            if i >= 8 {
+                assert_eq!(f.audit, a.audit, "a prompt that must be whole");
+            }
+        }
+        // Of two plans, three prompts each go on from the beginning that the first has run.
+        let shared = engine.shared_tokens();
+        assert!(
+            (6 * n..6 * (n + 2)).contains(&shared),
+            "{shared} of 6 x {n}"
+        );
+    }
 }

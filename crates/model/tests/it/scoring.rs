@@ -8,9 +8,9 @@ use demur_kernels::ops::logsumexp;
 use demur_model::ModelError;
 use demur_model::decoder::Model;
 use demur_model::generate::{ContinuationScore, EngineConfig, ScoreRequest, score};
-use demur_model::hooks::{Intervention, InterventionState, Role, Site};
+use demur_model::hooks::{Intervention, Role, Site};
 
-use crate::support::{Push, forward, model};
+use crate::support::{Push, RowWise, forward, model};
 
 fn tokens(n: usize, seed: u32) -> Vec<u32> {
     (0..n as u32)
@@ -113,28 +113,6 @@ fn shared_and_batched_equals_alone() {
             found.reverse();
             assert_eq!(found, expected, "{name} in another order");
         }
-    }
-}
-
-/// [`Push`], which does to each row what it does to every other.
-#[derive(Debug)]
-struct RowWise(Push);
-
-impl Intervention for RowWise {
-    fn sites(&self) -> &[Site] {
-        self.0.sites()
-    }
-    fn fingerprint(&self) -> [u8; 32] {
-        [1; 32]
-    }
-    fn is_empty(&self) -> bool {
-        false
-    }
-    fn row_wise(&self) -> bool {
-        true
-    }
-    fn start(&self) -> Box<dyn InterventionState> {
-        self.0.start()
     }
 }
 

@@ -144,3 +144,25 @@ impl InterventionState for Push {
         Box::new(self.clone())
     }
 }
+
+/// [`Push`], which does to each row what it does to every other.
+#[derive(Debug)]
+pub struct RowWise(pub Push);
+
+impl Intervention for RowWise {
+    fn sites(&self) -> &[Site] {
+        self.0.sites()
+    }
+    fn fingerprint(&self) -> [u8; 32] {
+        [1; 32]
+    }
+    fn is_empty(&self) -> bool {
+        false
+    }
+    fn row_wise(&self) -> bool {
+        true
+    }
+    fn start(&self) -> Box<dyn InterventionState> {
+        self.0.start()
+    }
+}

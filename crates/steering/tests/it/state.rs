@@ -188,6 +188,31 @@ fn a_direction_can_be_a_gate() {
     }
 }
 
+/// Without gates a prompt may come in pieces: rows and audit are as if it came whole.
+#[test]
+fn a_plan_without_gates_does_not_see_the_cuts() {
+    let plan = plan(|p| {
+        p.gates.clear();
+        p.interventions.iter_mut().for_each(|i| i.when = None);
+    })
+    .unwrap();
+    assert!(plan.row_wise());
+    let prompt = [BOS, (Role::User, 0.5, 2.3), (Role::User, 1.7, 0.9)];
+    let mut whole = Talk::new(&plan);
+    let expected = whole.pass(false, &prompt);
+    for cut in 1..prompt.len() {
+        let mut pieces = Talk::new(&plan);
+        let mut found = pieces.pass(false, &prompt[..cut]);
+        let mut copy = Talk {
+            state: pieces.state.fork(),
+            pos: pieces.pos,
+        };
+        found.extend(copy.pass(false, &prompt[cut..]));
+        assert_eq!(found, expected);
+        assert_eq!(copy.state.audit(), whole.state.audit());
+    }
+}
+
 #[test]
 fn a_copy_goes_its_own_way() {
     let mut talk = Talk::new(&plan(|_| {}).unwrap());
