@@ -17,6 +17,7 @@
 //! | [`sparse`] | top-k codes and the sparse decoder of autoencoders |
 //! | [`gemm`] | dense f32 products, over the `gemm` crate |
 //! | [`pool`] | parallel loops of a few microseconds |
+//! | [`limits`] | what the machine can do at most, for benchmarks |
 //! | [`mmap`] | read-only memory maps |
 
 pub mod adam;
@@ -26,6 +27,7 @@ pub mod element;
 pub mod encoder;
 mod error;
 pub mod gemm;
+pub mod limits;
 pub mod linear;
 pub mod mlp;
 pub mod mmap;

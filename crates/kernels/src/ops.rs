@@ -114,6 +114,22 @@ dispatched! {
     pub fn axpy / axpy_body (alpha: f32, x: &[f32], y: &mut [f32])
 }
 
+#[inline(always)]
+fn xor_body(x: &[u64]) -> u64 {
+    let mut acc = [0u64; 64];
+    for x in x.as_chunks::<64>().0 {
+        for i in 0..64 {
+            acc[i] ^= x[i];
+        }
+    }
+    acc.into_iter().fold(0, |a, b| a ^ b)
+}
+
+dispatched! {
+    /// All of `x` in one number, as fast as it can be read; a rest below 64 is left out.
+    pub(crate) fn xor / xor_body (x: &[u64]) -> u64
+}
+
 /// `x += y`.
 pub fn add(x: &mut [f32], y: &[f32]) {
     in_chunks(x, y, |x, y| axpy(1.0, y, x));

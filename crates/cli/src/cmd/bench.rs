@@ -1,4 +1,8 @@
-//! `demur bench`: speed on this machine.
+//! `demur bench`: speed on this machine, and how far it is from what the machine can do.
+//!
+//! The floor of decoding is the time in which packed weights and cache are read from memory, that of a
+//! prompt the time that its multiply-adds take on registers alone; both limits are measured in the same
+//! run ([`demur_kernels::limits`]).
 //!
 //! The steered figure is the batch of sixteen with a plan of its own for each sequence: one clamp and
 //! one gate on two latents of an SAE with random rows, halfway up the model. The gate is open from
@@ -11,7 +15,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use demur_features::harvest::{Sequence, harvest};
-use demur_model::decoder::{KvCache, LogitsAt, SeqInput, Workspace};
+use demur_kernels::limits;
+use demur_model::decoder::{KvCache, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::{Intervention, InterventionState, Role, Site};
 use demur_sae::{Sae, SaeConfig};
 use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, compile};
@@ -19,7 +24,7 @@ use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
-use crate::progress::say;
+use crate::progress::{Progress, say};
 use crate::resident;
 use crate::study::config::Precision;
 
@@ -39,6 +44,9 @@ enum What {
         /// Rounds; the median of each figure is shown.
         #[arg(long, default_value_t = 3)]
         rounds: usize,
+        /// Decode this many tokens besides, and compare the first tenth with the last.
+        #[arg(long, value_name = "TOKENS")]
+        soak: Option<usize>,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -54,6 +62,9 @@ const DECODED: usize = 32;
 /// Sequences that decode together, and the prompt of each.
 const BATCH: usize = 16;
 const BATCH_PROMPT: usize = 64;
+/// Sequences of a harvest, and the length of each.
+const HARVESTED: usize = 4;
+const HARVEST_PROMPT: usize = 256;
 
 /// A sequence's intervention, if it has one.
 type Steered<'a> = Option<(Box<dyn InterventionState>, &'a [Site])>;
@@ -63,20 +74,22 @@ pub fn run(args: Args) -> Result<()> {
         What::Lm {
             model,
             rounds,
+            soak,
             json,
-        } => lm(&model, rounds, json),
+        } => lm(&model, rounds, soak, json),
         What::Sae(args) => super::bench_sae::run(&args),
     }
 }
 
-fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
+fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<()> {
     let loaded = Loaded::open(model, Precision::Fast)?;
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
-    let tokens: Vec<u32> = (0..CONTEXT as u32)
-        .map(|i| (1000 + 7 * i) % d_vocab)
-        .collect();
-    let roles = vec![Role::User; CONTEXT];
+    // A short model gets shorter prompts.
+    let context = CONTEXT.min(m.spec().context.saturating_sub(DECODED));
+    let (batch_prompt, harvest_prompt) = (BATCH_PROMPT.min(context), HARVEST_PROMPT.min(context));
+    let tokens = tokens_of(context, d_vocab);
+    let roles = vec![Role::User; context];
     let mut ws = Workspace::default();
     // Decoding is a pass of one token a sequence.
     let pass = |seqs: &mut [(&[u32], &mut KvCache, Steered<'_>)], ws: &mut Workspace| {
@@ -109,7 +122,7 @@ fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
             .map(|i| plans.get(i).map(|p| (p.start(), p.sites())))
             .collect();
         for (cache, state) in caches.iter_mut().zip(&mut states) {
-            let mut seq = [(&tokens[..BATCH_PROMPT], cache, state.take())];
+            let mut seq = [(&tokens[..batch_prompt], cache, state.take())];
             pass(&mut seq, ws)?;
             *state = seq[0].2.take();
         }
@@ -129,9 +142,12 @@ fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
     let plans = plans(m.spec().n_layers, m.spec().d_model)?;
     let (mut prefill, mut decode, mut decode16, mut steered16, mut harvested) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut gops, mut read): (Option<f64>, f64) = (None, 0.0);
     for _ in 0..rounds.max(1) {
+        gops = limits::int8_gops(1).map(|g| g.max(gops.unwrap_or(0.0)));
+        read = limits::read_gb_s(1).max(read);
         let mut cache = m.new_cache();
-        prefill.push(CONTEXT as f64 / pass(&mut [(&tokens, &mut cache, None)], &mut ws)?);
+        prefill.push(context as f64 / pass(&mut [(&tokens, &mut cache, None)], &mut ws)?);
         let mut seconds = 0.0;
         for i in 0..DECODED {
             seconds += pass(&mut [(&tokens[i..=i], &mut cache, None)], &mut ws)?;
@@ -139,25 +155,60 @@ fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
         decode.push(DECODED as f64 / seconds);
         decode16.push(batch(&[], &mut ws)?);
         steered16.push(batch(&plans, &mut ws)?);
-        let sequences: Vec<Sequence> = (0..4)
+        let sequences: Vec<Sequence> = (0..HARVESTED)
             .map(|i| Sequence {
                 source: i.to_string(),
-                tokens: tokens[..256].to_vec(),
-                roles: roles[..256].to_vec(),
+                tokens: tokens[..harvest_prompt].to_vec(),
+                roles: roles[..harvest_prompt].to_vec(),
             })
             .collect();
         let started = Instant::now();
         let site = Site::post(m.spec().n_layers - 1);
-        harvest(m, site, &sequences, 1024, |_, _| Ok(()))?;
-        harvested.push(1024.0 / started.elapsed().as_secs_f64());
+        let total = HARVESTED * harvest_prompt;
+        harvest(m, site, &sequences, total, |_, _| Ok(()))?;
+        harvested.push(total as f64 / started.elapsed().as_secs_f64());
     }
-    let figures = [
+    let mut figures = vec![
         ("prefill_tok_s", median(&mut prefill)),
         ("decode_tok_s", median(&mut decode)),
         ("decode16_tok_s", median(&mut decode16)),
         ("steered16_tok_s", median(&mut steered16)),
         ("harvest_tok_s", median(&mut harvested)),
+        ("read_gb_s", read),
     ];
+    let floors = Floors::of(m);
+    let decode_share = floors.bytes * figures[1].1 / (1e9 * read);
+    figures.push(("decode_share_of_read", decode_share));
+    if let Some(gops) = gops {
+        figures.push(("int8_gops", gops));
+        for (name, at, operations) in [
+            ("prefill_share_of_int8", 0, floors.prompt),
+            ("decode16_share_of_int8", 2, floors.token),
+            ("harvest_share_of_int8", 4, floors.blocks),
+        ] {
+            figures.push((name, operations * figures[at].1 / (1e9 * gops)));
+        }
+    }
+    if let Some(n) = soak {
+        let mut cache = m.new_cache();
+        pass(&mut [(&tokens, &mut cache, None)], &mut ws)?;
+        let bar = Progress::new("soak", "tokens", n as u64);
+        let mut seconds = Vec::with_capacity(n);
+        while seconds.len() < n {
+            // The context stays what it is: what is compared is the same work.
+            let mut branch = cache.clone();
+            for i in 0..DECODED.min(n - seconds.len()) {
+                let next = &[i as u32 + 1][..];
+                seconds.push(pass(&mut [(next, &mut branch, None)], &mut ws)?);
+                bar.advance(1);
+            }
+        }
+        bar.finish();
+        let tenth = (n / 10).max(1);
+        let rate = |part: &[f64]| part.len() as f64 / part.iter().sum::<f64>();
+        figures.push(("soak_first_tok_s", rate(&seconds[..tenth.min(n)])));
+        figures.push(("soak_last_tok_s", rate(&seconds[n.saturating_sub(tenth)..])));
+    }
     let (threads, isa) = (
         demur_kernels::threads(),
         demur_kernels::dispatch::isa().name(),
@@ -173,17 +224,51 @@ fn lm(model: &str, rounds: usize, as_json: bool) -> Result<()> {
         say(object)?;
     } else {
         for (key, value) in figures {
-            say(format_args!("{key:<16} {value:>9.1}"))?;
+            let digits = if value < 10.0 { 3 } else { 1 };
+            say(format_args!("{key:<24} {value:>9.digits$}"))?;
         }
         if let Some(peak) = resident::peak() {
             say(format_args!(
-                "peak resident    {:>9.1} MB",
+                "peak_resident            {:>9.1} MB",
                 peak as f64 / 1e6
             ))?;
         }
         say(format_args!("threads {threads}, {isa}"))?;
     }
     Ok(())
+}
+
+fn tokens_of(n: usize, d_vocab: u32) -> Vec<u32> {
+    let ids = 0..n as u32;
+    ids.map(|i| (1000 + 7 * i) % d_vocab).collect()
+}
+
+/// What has to be done at least, a token.
+struct Floors {
+    /// Bytes that decoding reads: packed weights and the cache at [`CONTEXT`].
+    bytes: f64,
+    /// Operations (two a multiply-add) of the blocks' products.
+    blocks: f64,
+    /// And of the head.
+    token: f64,
+    /// And of the head for one of [`CONTEXT`] tokens.
+    prompt: f64,
+}
+
+impl Floors {
+    fn of(m: &Model) -> Self {
+        let (s, memory) = (m.spec(), m.memory());
+        let (q, kv) = (s.n_heads * s.d_head, s.n_kv_heads * s.d_head);
+        let block = s.d_model * (2 * q + 2 * kv + 3 * s.d_mlp);
+        let blocks = 2.0 * (s.n_layers * block) as f64;
+        let head = 2.0 * (s.d_model * s.d_vocab) as f64;
+        Self {
+            bytes: (memory.weights + CONTEXT * memory.cache_per_token) as f64,
+            blocks,
+            token: blocks + head,
+            prompt: blocks + head / CONTEXT as f64,
+        }
+    }
 }
 
 /// [`BATCH`] plans, no two alike.

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use demur_kernels::encoder::peak_gflops;
+use demur_kernels::limits::product_gflops;
 use demur_sae::SaeConfig;
 use demur_sae::train::{Precision, Rows, ScaledRows, Timing, TrainConfig, Trainer};
 use serde_json::json;
@@ -82,7 +82,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let (mut seconds, mut peaks, mut timings) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..args.rounds.max(1) {
-        peaks.push(peak_gflops(3));
+        peaks.push(product_gflops(3));
         let clock = Instant::now();
         trainer.step(&x);
         seconds.push(clock.elapsed().as_secs_f64());

@@ -341,3 +341,30 @@ fn completions_for_every_shell() {
         .run(["completions", "cmd"])
         .refused(2, &["cmd", "zsh"]);
 }
+
+/// Every figure is there and positive; how large is for no test to say.
+#[test]
+fn bench_lm_measures_what_it_says() {
+    let place = Place::new();
+    let model = model();
+    let args = [
+        "bench", "lm", "--rounds", "1", "--soak", "20", "--json", "--model",
+    ];
+    let args = args.iter().map(OsStr::new);
+    let ended = place.run(args.chain([model.as_os_str()])).succeeded();
+    let figures: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    for key in [
+        "prefill_tok_s",
+        "decode_tok_s",
+        "decode16_tok_s",
+        "steered16_tok_s",
+        "harvest_tok_s",
+        "read_gb_s",
+        "decode_share_of_read",
+        "soak_first_tok_s",
+        "soak_last_tok_s",
+    ] {
+        assert!(figures[key].as_f64().is_some_and(|v| v > 0.0), "{key}");
+    }
+    assert!(figures["isa"].is_string() && figures["threads"].is_u64());
+}

@@ -96,7 +96,7 @@ pub(super) fn block(x: &[Tile], tiles: &[Tile], depth: usize, sums: &mut [f32]) 
 }
 
 /// Runs `rounds` times four products that read no memory.
-pub(super) fn spin(rounds: usize) {
+pub(crate) fn spin(rounds: usize) {
     configure();
     // SAFETY: the tiles are set up; no memory is accessed.
     unsafe {

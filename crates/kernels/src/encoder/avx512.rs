@@ -62,7 +62,7 @@ unsafe fn strip(x: &[bf16], stride: usize, pair: &[Tile], depth: usize, sums: &m
 }
 
 /// Runs `rounds` times sixteen products that read no memory; returns a number that depends on them.
-pub(super) fn spin(rounds: usize) -> f32 {
+pub(crate) fn spin(rounds: usize) -> f32 {
     // SAFETY: `dispatch::isa` said AVX-512.
     unsafe { spin_inner(rounds) }
 }

@@ -26,10 +26,9 @@
 //! for any number of threads. Between instruction sets they differ by rounding.
 
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
-mod peak;
+pub(crate) mod avx512;
 mod select;
 #[cfg(test)]
 mod tests;
@@ -45,8 +44,6 @@ use self::select::Candidates;
 use crate::dispatch::{Isa, isa};
 use crate::element::round;
 use crate::gemm::{Matrix, matmul_with};
-
-pub use peak::peak_gflops;
 
 /// Rows of a block of sums; inputs are padded to a multiple.
 pub const ROWS: usize = 32;

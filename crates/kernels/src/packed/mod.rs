@@ -47,6 +47,8 @@ pub(crate) use self::activations::Activations;
 use self::activations::{TILE, Tile, XBlock};
 pub(crate) use self::gated::Gated;
 use self::panel::{Panel, Row, Scratch};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::vnni::spin;
 use crate::dispatch::{Isa, isa};
 use crate::linear::{L2_ACTIVATIONS, L2_WEIGHTS, READ_AHEAD};
 use crate::pool;

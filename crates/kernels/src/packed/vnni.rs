@@ -119,6 +119,25 @@ unsafe fn block<const BITS: usize>(p: *const Line) -> [__m512i; 8] {
     w
 }
 
+/// Runs `rounds` times sixteen products that read no memory; returns a number that depends on them.
+pub(crate) fn spin(rounds: usize) -> i32 {
+    // SAFETY: `dispatch::isa` said AVX-512.
+    unsafe { spin_inner(rounds) }
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn spin_inner(rounds: usize) -> i32 {
+    let mut acc = [_mm512_setzero_si512(); 16];
+    for _ in 0..rounds {
+        // Opaque, so that the loop is not taken for one round.
+        let x = std::hint::black_box(_mm512_setzero_si512());
+        for acc in &mut acc {
+            *acc = _mm512_dpbusd_epi32(*acc, x, x);
+        }
+    }
+    acc.iter().map(|a| _mm512_reduce_add_epi32(*a)).sum()
+}
+
 /// Unpacks a panel's integers into `out`, eight vectors a block; into nothing if `out` is empty or the type
 /// is stored so. Where there are no minima they get the offset [`TOP`].
 pub(super) fn unpack(w: &Packed, panel: usize, out: &mut [Line]) {
