@@ -7,10 +7,13 @@
 //! | module | job |
 //! | --- | --- |
 //! | `llama_cpp` | llama.cpp through `llama-cpp-2`, as an engine (feature `llama`) |
+//! | `candle` | candle, as an engine (feature `candle`) |
 //! | [`sae`] | sparsify's training step, in Python |
 //! | [`compare`] | rounds, medians, ratios |
 //! | [`parity`] | how far llama.cpp is from the golden continuations |
 
+#[cfg(feature = "candle")]
+mod candle;
 mod compare;
 #[cfg(feature = "llama")]
 mod llama_cpp;
@@ -22,8 +25,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-/// What is fed, the same for every engine (`demur_model::generate::bench`).
-#[cfg(feature = "llama")]
+/// What is fed, the same for every engine (`demur bench lm`).
+#[cfg(any(feature = "llama", feature = "candle"))]
 mod load {
     /// Tokens of the prompt.
     pub const PROMPT: usize = 512;
@@ -44,8 +47,18 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Prefill and decoding of a language model: demur and llama.cpp.
+    /// Prefill, decoding and harvest of a language model: demur and its peers.
     Lm {
+        /// The peers: `llama.cpp`, `candle`, `transformers_bf16`, `transformers_f32`.
+        #[arg(
+            long,
+            value_delimiter = ',',
+            default_value = "llama.cpp,candle,transformers_bf16,transformers_f32"
+        )]
+        peers: Vec<compare::Peer>,
+        /// A Python with torch, transformers and gguf, for the peers that need it.
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
         /// The GGUF file.
         #[arg(long)]
         model: PathBuf,
@@ -99,6 +112,13 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// One measurement of candle in this process, as JSON.
+    #[cfg(feature = "candle")]
+    Candle {
+        /// The GGUF file.
+        #[arg(long)]
+        model: PathBuf,
+    },
     /// One measurement of llama.cpp in this process, as JSON.
     #[cfg(feature = "llama")]
     LlamaCpp {
@@ -114,6 +134,8 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Lm {
+            peers,
+            python,
             model,
             demur,
             rounds,
@@ -122,6 +144,8 @@ fn main() -> anyhow::Result<()> {
         } => {
             let threads = threads_or_all(threads)?;
             compare::lm(&compare::Lm {
+                peers,
+                python,
                 model,
                 demur,
                 rounds,
@@ -155,6 +179,11 @@ fn main() -> anyhow::Result<()> {
             threads: threads_or_all(threads)?,
             json,
         }),
+        #[cfg(feature = "candle")]
+        Command::Candle { model } => {
+            println!("{}", candle::measure(&model)?);
+            Ok(())
+        }
         #[cfg(feature = "llama")]
         Command::LlamaCpp { model, threads } => {
             println!("{}", llama_cpp::measure(&model, threads)?);

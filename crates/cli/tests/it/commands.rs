@@ -352,7 +352,7 @@ fn bench_lm_measures_what_it_says() {
     ];
     let args = args.iter().map(OsStr::new);
     let ended = place.run(args.chain([model.as_os_str()])).succeeded();
-    let figures: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    let figures = ended.json();
     for key in [
         "prefill_tok_s",
         "decode_tok_s",
@@ -367,4 +367,26 @@ fn bench_lm_measures_what_it_says() {
         assert!(figures[key].as_f64().is_some_and(|v| v > 0.0), "{key}");
     }
     assert!(figures["isa"].is_string() && figures["threads"].is_u64());
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let place = Place::new();
+    let model = model();
+    let rows = |threads: &str| {
+        let file = format!("{threads}.safetensors");
+        let args = ["harvest", "--limit", "20", "--site", "layers.1", "--quiet"];
+        let args = args
+            .into_iter()
+            .chain(["--threads", threads, "--out", &file, "--model"]);
+        place
+            .run(args.map(OsStr::new).chain([model.as_os_str()]))
+            .succeeded();
+        fs::read(place.path(&file)).unwrap()
+    };
+    let one = rows("1");
+    assert!(one.len() > 10_000);
+    for threads in ["2", "3", "4", "5", "6", "7", "8"] {
+        assert!(rows(threads) == one, "{threads} threads");
+    }
 }
