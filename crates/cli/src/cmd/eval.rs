@@ -180,7 +180,8 @@ struct How {
 struct Judging {
     /// Who sorts replies: `rules`, `opener`, or a model: `BASE#MODEL` for an address that speaks
     /// OpenAI's chat completions (`OPENAI_API_KEY` is sent if set), `local:MODEL` for a checkpoint. May
-    /// be repeated; the first one's word counts.
+    /// be repeated; the first one's word counts. `rules`, if not given; both built-in ones where judges
+    /// are measured.
     #[arg(long = "judge", value_name = "WHO")]
     judges: Vec<String>,
     /// What a model is asked as a judge, with the marks `{request}` and `{reply}`.
