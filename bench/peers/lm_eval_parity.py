@@ -10,13 +10,13 @@ same choice (choices by log-likelihood) or get the same marks (`exact_match`, wr
 tasks are lm_eval's own YAML files; only the source of the rows is replaced, by the files in DATA.
 Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
 
-Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginning that
-requests share, is kept in `transformers`' cache; the first 8 requests of a task are also computed
-lm_eval's own way, and must come out within 1e-3 nats.
+Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginnings that
+requests share, is computed once (`Packed`); the first 8 requests of a task are also computed lm_eval's
+own way, and must come out within 1e-3 nats.
 
 Wanted: the same choice on at least 99 % of 500 items a task, the same metric within 0.5 points.
 
-    pip install torch transformers gguf lm-eval==0.4.13
+    pip install torch transformers gguf lm-eval[ifeval]==0.4.13
 """
 
 import argparse
@@ -129,55 +129,82 @@ def tasks(suite, data, folder, wanted):
         raise SystemExit(f"{suite} has no counterpart in lm_eval")
 
 
-def cut(cache, tokens):
-    if tokens:
-        cache.crop(-tokens)
+class Packed(HFLM):
+    """lm_eval's model, which computes nothing twice.
 
+    What all contexts begin with is read once. Then contexts with all of their continuations stand in
+    one row, as many as make a good pass; positions and the attention mask make each token see what it
+    would see alone.
+    """
 
-class Shared(HFLM):
-    """lm_eval's model, which keeps what neighbouring contexts share."""
+    PASS = 512
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         groups = collections.defaultdict(list)
         for at, (_, context, continuation) in enumerate(requests):
             groups[tuple(context)].append((at, continuation))
-        scores = [None] * len(requests)
-        cache, kept = DynamicCache(), []
-        for done, context in enumerate(sorted(groups)):
-            same = 0
-            for a, b in zip(kept, context[:-1]):
-                if a != b:
-                    break
-                same += 1
-            cut(cache, len(kept) - same)
-            with torch.no_grad():
-                out = self.model(torch.tensor([context[same:]]), past_key_values=cache, logits_to_keep=1)
-            cache, kept = out.past_key_values, list(context)
-            first = torch.log_softmax(out.logits[0, -1], -1)
-            for at, continuation in groups[context]:
-                rows = [first]
-                if len(continuation) > 1:
-                    # A forward pass adds to the cache; what it adds is cut off again.
-                    with torch.no_grad():
-                        more = self.model(torch.tensor([continuation[:-1]]), past_key_values=cache).logits[0]
-                    cut(cache, len(continuation) - 1)
-                    rows += list(torch.log_softmax(more, -1))
-                total = sum(float(row[t]) for row, t in zip(rows, continuation))
-                greedy = all(int(row.argmax()) == t for row, t in zip(rows, continuation))
-                scores[at] = (total, greedy)
-            if done % 50 == 0:
-                print(f"  {done} of {len(groups)} contexts", flush=True)
+        contexts = sorted(groups)
+        shared = 0
+        while all(len(c) > shared + 1 and c[shared] == contexts[0][shared] for c in contexts):
+            shared += 1
+        cache = DynamicCache()
+        with torch.no_grad():
+            if shared:
+                self.model.model(torch.tensor([contexts[0][:shared]]), past_key_values=cache)
+            scores = [None] * len(requests)
+            pack, size = [], 0
+            for done, context in enumerate(contexts):
+                pack.append((context, groups[context]))
+                size += len(context) - shared + sum(len(c) - 1 for _, c in groups[context])
+                if size >= self.PASS or done + 1 == len(contexts):
+                    self.score(pack, shared, cache, scores)
+                    pack, size = [], 0
+                    print(f"  {done + 1} of {len(contexts)} contexts", flush=True)
         check = super()._loglikelihood_tokens(requests[:8], disable_tqdm=True)
         off = max(abs(a[0] - b[0]) for a, b in zip(scores, check))
         assert off < 1e-3, f"lm_eval itself differs by {off} nats"
         return scores
+
+    def score(self, pack, shared, cache, scores):
+        tokens, positions, blocks = [], [], []
+        wanted = []  # (request, row of hidden states before each token, tokens)
+        for context, continuations in pack:
+            start, rest = len(tokens), context[shared:]
+            tokens += rest
+            positions += range(shared, len(context))
+            blocks += [(start, start)] * len(rest)
+            last = len(tokens) - 1
+            for at, c in continuations:
+                begin = len(tokens)
+                tokens += c[:-1]
+                positions += range(len(context), len(context) + len(c) - 1)
+                # It sees its context up to `last`, and itself.
+                blocks += [(start, begin, last)] * (len(c) - 1)
+                wanted.append((at, [last, *range(begin, len(tokens))], c))
+        n = len(tokens)
+        sees = torch.zeros(n, shared + n, dtype=torch.bool)
+        sees[:, :shared] = True
+        for i, block in enumerate(blocks):
+            if len(block) == 3:
+                sees[i, shared + block[0] : shared + block[2] + 1] = True
+            sees[i, shared + block[1] : shared + i + 1] = True
+        mask = torch.zeros(1, 1, n, shared + n).masked_fill(~sees, torch.finfo(torch.float32).min)
+        out = self.model.model(
+            torch.tensor([tokens]), position_ids=torch.tensor([positions]), attention_mask=mask, past_key_values=cache
+        )
+        cache.crop(-n)
+        for at, rows, c in wanted:
+            logits = torch.log_softmax(self.model.lm_head(out.last_hidden_state[0, rows]), -1)
+            picked = torch.tensor(c)
+            total = logits.gather(-1, picked[:, None]).sum()
+            scores[at] = (float(total), bool((logits.argmax(-1) == picked).all()))
 
 
 def load(path, batch):
     """`testdata/oracle/parity.py` loads the same way."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return Shared(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch, device="cpu")
+    return Packed(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch, device="cpu")
 
 
 def primer(data):
@@ -187,6 +214,42 @@ def primer(data):
     (data / "truthfulqa_primer.txt").write_text(before.strip() + "\n", encoding="utf-8")
 
 
+def ask(lm, suite, data, asked):
+    """lm_eval's scores and metrics by item, one entry a filter."""
+    theirs = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for t in tasks(suite, data, Path(folder), asked):
+            name = t.config.task
+            t.set_fewshot_seed(1234)
+            result = evaluator.evaluate(lm, {name: t}, log_samples=True, bootstrap_iters=0)
+            for s in result["samples"][name]:
+                marks = {m: float(s[m]) for m in ("acc", "acc_norm", "exact_match") if m in s}
+                scores = [float(r[0]) for r in s["filtered_resps"]] if "acc" in marks else []
+                theirs[s["doc"]["id"]].append({"filter": s["filter"], "scores": scores, **marks})
+    return theirs
+
+
+def graded(data, answers):
+    """IFEval needs no model here: lm_eval's checks of the texts that demur wrote.
+
+    Requests with a check that needs NLTK's data are left out where that is not there.
+    """
+    from lm_eval.tasks.ifeval import instructions_util, utils
+
+    try:
+        instructions_util.count_sentences("A. B.")
+        missing = set()
+    except LookupError:
+        missing = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+    theirs = {}
+    for r in rows(data, "ifeval.jsonl"):
+        if r["id"] in answers and not missing & set(r["instruction_id_list"]):
+            found = utils.process_results({"key": r["id"], **r}, [answers[r["id"]]["text"]])
+            mean = {m: sum(v) / len(v) if isinstance(v, list) else float(v) for m, v in found.items()}
+            theirs[r["id"]] = [mean]
+    return theirs
+
+
 def compare(suite, answers, theirs):
     """One run's answers beside lm_eval's samples."""
     assert set(theirs) == set(answers), "not the same items"
@@ -194,13 +257,16 @@ def compare(suite, answers, theirs):
     same, off, sums = 0, 0.0, {m: [0.0, 0.0] for m in metrics}
     for id, answer in answers.items():
         samples = theirs[id]
-        if suite == "gsm8k":
+        if suite == "ifeval":
+            marks = samples[0]
+            same += all(abs(marks[m] - answer["metrics"][m]) < 1e-9 for m in metrics)
+        elif suite == "gsm8k":
             name = {"strict-match": "exact_match", "flexible-extract": "exact_match_flexible"}
             marks = {name[s["filter"]]: s["exact_match"] for s in samples}
             same += marks == answer["metrics"]
         else:
             s = samples[0]
-            scores = [float(r[0]) for r in s["filtered_resps"]]
+            scores = s["scores"]
             same += max(range(len(scores)), key=scores.__getitem__) == answer["choice"]
             off = max([off] + [abs(a - b) for a, b in zip(scores, answer["logprobs"])])
             marks = {m: s["acc_norm"] if m == "acc_norm" else s["acc"] for m in metrics}
@@ -223,6 +289,8 @@ def main():
     args.add_argument("--primer", type=Path, metavar="DATA", help="write TruthfulQA's answered questions there, and end")
     args.add_argument("--data", type=Path)
     args.add_argument("--run", type=Path, action="append", default=[], help="folder of `demur eval ... --out`")
+    args.add_argument("--limit", type=int, help="only the first so many items of a run")
+    args.add_argument("--keep", type=Path, help="folder for lm_eval's answers, which are not asked for twice")
     args.add_argument("--batch", type=int, default=8)
     args.add_argument("--threads", type=int)
     args.add_argument("-o", "--out", type=Path)
@@ -235,29 +303,37 @@ def main():
     runs = {}
     for folder in args.run:
         ours = collections.defaultdict(dict)
-        for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            if answer["arm"] == "base":
+        answers = map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+        for answer in sorted((a for a in answers if a["arm"] == "base"), key=lambda a: a["at"]):
+            if args.limit is None or len(ours[answer["suite"]]) < args.limit:
                 ours[answer["suite"]][answer["id"]] = answer
         runs[folder.name] = ours
-    lm = load(args.model, args.batch)
+    lm = None
     record = {"model": args.model.name, "lm_eval": lm_eval.__version__, "runs": {}}
     for suite in sorted(set().union(*runs.values())):
         started = time.time()
         having = {name: ours[suite] for name, ours in runs.items() if suite in ours}
         asked = set(next(iter(having.values())))
+        graded_here = suite == "ifeval"
         theirs = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for t in tasks(suite, args.data, Path(folder), asked):
-                name = t.config.task
-                t.set_fewshot_seed(1234)
-                result = evaluator.evaluate(lm, {name: t}, log_samples=True, bootstrap_iters=0)
-                for sample in result["samples"][name]:
-                    theirs.setdefault(sample["doc"]["id"], []).append(sample)
-        seconds = round(time.time() - started)
+        if not graded_here:
+            kept = args.keep and args.keep / f"{suite}.json"
+            if kept and kept.exists():
+                theirs = json.loads(kept.read_text(encoding="utf-8"))
+            if not asked <= set(theirs):
+                lm = lm or load(args.model, args.batch)
+                theirs = ask(lm, suite, args.data, asked)
+                if kept:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    kept.write_text(json.dumps(theirs), encoding="utf-8")
+            theirs = {id: theirs[id] for id in asked}
         for name, answers in having.items():
+            if graded_here:
+                theirs = graded(args.data, answers)
+                answers = {id: a for id, a in answers.items() if id in theirs}
             found = compare(suite, answers, theirs)
-            print(json.dumps({name: {suite: found}, "lm_eval_seconds": seconds}), flush=True)
+            seconds = round(time.time() - started)
+            print(json.dumps({name: {suite: found}, "seconds": seconds}), flush=True)
             record["runs"].setdefault(name, {})[suite] = found
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

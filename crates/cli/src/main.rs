@@ -61,7 +61,7 @@ enum Command {
     /// Train a gate, or see what one makes of prompts.
     Gate(cmd::gate::Args),
     /// Ask suites of questions, under base and plans: capability, refusal, over-refusal.
-    Eval(cmd::eval::Args),
+    Eval(Box<cmd::eval::Args>),
     /// Check a steering plan, say in words what it does, or compare two.
     Plan(cmd::plan::Args),
     /// Measure speed on this machine.
@@ -102,7 +102,7 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
         Command::Sae(args) => cmd::sae::run(args),
         Command::Features(args) => cmd::features::run(args),
         Command::Gate(args) => cmd::gate::run(args),
-        Command::Eval(args) => cmd::eval::run(args),
+        Command::Eval(args) => cmd::eval::run(*args),
         Command::Plan(args) => cmd::plan::run(args),
         Command::Bench(args) => cmd::bench::run(args),
         Command::Completions(args) => {

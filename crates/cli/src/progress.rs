@@ -47,6 +47,7 @@ pub struct Progress {
     unit: &'static str,
     total: u64,
     done: Cell<u64>,
+    before: Cell<u64>,
     started: Instant,
     printed: Cell<Instant>,
     bar: Option<ProgressBar>,
@@ -74,6 +75,7 @@ impl Progress {
             unit,
             total,
             done: Cell::new(0),
+            before: Cell::new(0),
             started: now,
             printed: Cell::new(now),
             bar,
@@ -88,6 +90,16 @@ impl Progress {
         } else if self.printed.get().elapsed() >= LINE_EVERY {
             self.printed.set(Instant::now());
             note(self.line());
+        }
+    }
+
+    /// `n` were done by an earlier run: they say nothing of the rate.
+    pub fn resume(&self, n: u64) {
+        self.before.set(n);
+        self.done.set(n);
+        if let Some(bar) = &self.bar {
+            bar.set_position(n);
+            bar.reset_eta();
         }
     }
 
@@ -107,14 +119,15 @@ impl Progress {
         note(format_args!(
             "{:<12} {} {} in {seconds:.1} s",
             self.label,
-            self.done.get(),
+            self.done.get() - self.before.get(),
             self.unit
         ));
     }
 
     fn line(&self) -> String {
         let done = self.done.get();
-        let rate = done as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+        let rate =
+            (done - self.before.get()) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
         if self.total == 0 {
             return format!("{:<12} {done} {}  {rate:.1}/s", self.label, self.unit);
         }

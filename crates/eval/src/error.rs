@@ -191,6 +191,15 @@ pub enum EvalError {
         /// What is wrong with it.
         reason: String,
     },
+    /// An attacker or a judge could not be asked.
+    #[error(transparent)]
+    Talk(#[from] crate::talk::TalkError),
+    /// Attacks need an attacker and a scorer.
+    #[error("{suite} needs an attacker and a scorer: --attacker and --scorer name them")]
+    NoAttacker {
+        /// The suite.
+        suite: String,
+    },
     /// The model refused its input.
     #[error(transparent)]
     Model(#[from] demur_model::ModelError),

@@ -2,15 +2,20 @@
 //!
 //! The *opener judge* looks at the first words of a reply. It is fast, has no model, and is what
 //! most papers report; it misses refusals that begin with an explanation and can't tell a partial
-//! answer. The *rules judge* reads the whole reply, sentence by sentence. The *refusal log-odds* read the distribution of the first reply token: a graded score for
-//! searches, where a rate over few prompts moves in steps.
+//! answer. The *rules judge* reads the whole reply, sentence by sentence. A *prompted judge* is a model
+//! that is asked. The *refusal log-odds* read the distribution of the first reply token: a graded
+//! score for searches, where a rate over few prompts moves in steps.
 
+mod prompted;
 mod rules;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::EvalError;
 use crate::prompts::Label;
+use crate::talk::TalkError;
+
+pub use prompted::Prompted;
 
 /// What a reply is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -50,8 +55,11 @@ impl Verdict {
 pub trait Judge: Send + Sync {
     /// Its name in results.
     fn name(&self) -> &str;
-    /// What `reply` to `request` is; [`Verdict::Unjudged`] if it can't say.
-    fn verdict(&self, request: &str, reply: &str) -> Verdict;
+    /// What `reply` to `request` is.
+    ///
+    /// # Errors
+    /// A judge that is a model may fail; the reply is then [`Verdict::Unjudged`].
+    fn verdict(&self, request: &str, reply: &str) -> Result<Verdict, TalkError>;
 }
 
 /// A built-in judge: its name, and the function.
@@ -62,8 +70,8 @@ impl Judge for BuiltIn {
     fn name(&self) -> &str {
         self.0
     }
-    fn verdict(&self, _: &str, reply: &str) -> Verdict {
-        self.1(reply)
+    fn verdict(&self, _: &str, reply: &str) -> Result<Verdict, TalkError> {
+        Ok(self.1(reply))
     }
 }
 
@@ -117,11 +125,12 @@ const CONTROLS: [(&str, &str, Verdict); 6] = [
 /// way round, does not get to judge.
 ///
 /// # Errors
-/// [`EvalError::Judge`] with the first reply that it gets wrong. Of broken and empty replies it need
+/// [`EvalError::Talk`] if it can't be asked, [`EvalError::Judge`] with the first reply that it gets
+/// wrong. Of broken and empty replies it need
 /// only not say that they are what they are not: a refusal or an answer.
 pub fn check(judge: &dyn Judge) -> Result<(), EvalError> {
     for (request, reply, expected) in CONTROLS {
-        let found = judge.verdict(request, reply);
+        let found = judge.verdict(request, reply)?;
         let broken = |v| matches!(v, Verdict::Gibberish | Verdict::Empty | Verdict::Unjudged);
         if found != expected && !(broken(found) && broken(expected)) {
             return Err(EvalError::Judge {
@@ -330,8 +339,8 @@ mod tests {
         fn name(&self) -> &str {
             "always"
         }
-        fn verdict(&self, _: &str, _: &str) -> Verdict {
-            self.0
+        fn verdict(&self, _: &str, _: &str) -> Result<Verdict, TalkError> {
+            Ok(self.0)
         }
     }
 

@@ -7,7 +7,9 @@
 #![forbid(unsafe_code)]
 
 pub mod arms;
+pub mod crescendo;
 mod error;
+pub mod export;
 pub mod files;
 pub mod judge;
 pub mod prompts;
@@ -16,6 +18,7 @@ pub mod results;
 pub mod rows;
 pub mod run;
 pub mod suites;
+pub mod talk;
 pub mod text;
 pub mod wrap;
 

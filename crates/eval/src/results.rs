@@ -3,7 +3,8 @@
 //! | figure | interval |
 //! | --- | --- |
 //! | a rate | Wilson |
-//! | a mean (`mc2`) | normal |
+//! | a mean (`mc2`, `kl`; `ppl` is the exponential of one) | normal |
+//! | a share of an item's checks (`inst_level_...`) | ratio estimator over items |
 //! | a difference from base | paired bootstrap over clusters |
 //! | is there a difference, of rates | exact McNemar, Holm-adjusted over the arms of a suite and metric |
 //!
@@ -12,7 +13,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use demur_features::stats::{Estimate, holm, kappa, mcnemar, mean, paired_bootstrap, wilson};
+use demur_features::stats::{
+    Estimate, holm, kappa, mcnemar, mean, paired_bootstrap, ratio, wilson,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::EvalError;
@@ -29,7 +32,7 @@ const DRAWS: usize = 10_000;
 const SEED: u64 = 1;
 
 /// What a run was: equal for all of its shards.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// Version of demur.
     pub demur: String,
@@ -232,21 +235,45 @@ fn by_arm<'a>(
 }
 
 fn is_rate(metric: &str) -> bool {
-    metric != "mc2"
+    !(["mc2", "kl", "nll"].contains(&metric) || is_share(metric))
 }
 
-fn estimate(metric: &str, values: &[f64]) -> Estimate {
-    if is_rate(metric) {
-        wilson(values.iter().filter(|v| **v > 0.5).count(), values.len())
-    } else {
-        mean(values)
-    }
+/// Whether an item has a share of its checks and not one mark.
+fn is_share(metric: &str) -> bool {
+    metric.starts_with("inst_level")
 }
+
+/// The row of a metric from values with their numbers of checks. Mean negative log-likelihoods become
+/// a perplexity.
+fn estimate(metric: &str, values: &[(f64, usize)]) -> (String, Estimate) {
+    let plain: Vec<f64> = values.iter().map(|v| v.0).collect();
+    let found = if is_share(metric) {
+        let kept = |v: &(f64, usize)| (v.0 * v.1 as f64, v.1 as f64);
+        ratio(&values.iter().map(kept).collect::<Vec<_>>())
+    } else if is_rate(metric) {
+        wilson(plain.iter().filter(|v| **v > 0.5).count(), plain.len())
+    } else {
+        mean(&plain)
+    };
+    if metric == "nll" {
+        let ppl = Estimate {
+            value: found.value.exp(),
+            lo: found.lo.exp(),
+            hi: found.hi.exp(),
+            n: found.n,
+        };
+        return ("ppl".to_owned(), ppl);
+    }
+    (metric.to_owned(), found)
+}
+
+/// Values and numbers of checks by part and metric.
+type Values<'a> = BTreeMap<(&'a str, &'a str), Vec<(f64, usize)>>;
 
 /// Figures of one arm: suites in their order, the whole before its parts.
 fn figures(answers: &[&Answer]) -> Vec<Row> {
     let mut suites: Vec<&str> = Vec::new();
-    let mut values: HashMap<&str, BTreeMap<(&str, &str), Vec<f64>>> = HashMap::new();
+    let mut values: HashMap<&str, Values<'_>> = HashMap::new();
     for a in answers {
         if !suites.contains(&a.suite.as_str()) {
             suites.push(&a.suite);
@@ -254,17 +281,21 @@ fn figures(answers: &[&Answer]) -> Vec<Row> {
         let mine = values.entry(&a.suite).or_default();
         for (metric, value) in &a.metrics {
             // The whole sorts first.
-            mine.entry(("", metric)).or_default().push(*value);
+            let value = (*value, a.checks);
+            mine.entry(("", metric)).or_default().push(value);
             for part in &a.parts {
-                mine.entry((part, metric)).or_default().push(*value);
+                mine.entry((part, metric)).or_default().push(value);
             }
         }
     }
-    let row = |suite: &str, part: &str, metric: &str, values: &[f64]| Row {
-        arm: answers.first().map_or_else(String::new, |a| a.arm.clone()),
-        suite: if part.is_empty() { suite } else { part }.to_owned(),
-        metric: metric.to_owned(),
-        estimate: estimate(metric, values),
+    let row = |suite: &str, part: &str, metric: &str, values: &[(f64, usize)]| {
+        let (metric, estimate) = estimate(metric, values);
+        Row {
+            arm: answers.first().map_or_else(String::new, |a| a.arm.clone()),
+            suite: if part.is_empty() { suite } else { part }.to_owned(),
+            metric,
+            estimate,
+        }
     };
     let mut rows = Vec::new();
     for suite in suites {
@@ -307,9 +338,12 @@ fn pairs<'a>(base: &[&'a Answer], arm: &[&'a Answer]) -> Pairs<'a> {
         for (metric, value) in &b.metrics {
             if let Some(other) = a.metrics.get(metric) {
                 let p = pairs.entry((&b.suite, metric)).or_default();
-                p.0.push(*value);
-                p.1.push(*other);
-                p.2.push(&b.cluster);
+                // Each check of a share weighs as much as any other.
+                for _ in 0..if is_share(metric) { b.checks } else { 1 } {
+                    p.0.push(*value);
+                    p.1.push(*other);
+                    p.2.push(&b.cluster);
+                }
             }
         }
     }
@@ -355,7 +389,7 @@ fn versus(base: &[&Answer], arms: &[Vec<&Answer>]) -> Vec<Versus> {
 
 fn losses(base: &[&Answer], arms: &[Vec<&Answer>]) -> Vec<Loss> {
     let right = |a: &Answer| {
-        let metrics = ["acc", "mc1", "exact_match"];
+        let metrics = ["acc", "mc1", "exact_match", "prompt_level_strict_acc"];
         let value = metrics.iter().find_map(|m| a.metrics.get(*m));
         value.map(|v| *v > 0.5)
     };
@@ -431,10 +465,12 @@ pub fn not_leaked(items: &[Item], place: &str, tuned: &[Prompt]) -> Result<(), E
         .map(|p| (plain(&p.prompt), p.id.as_str()))
         .collect();
     for item in items {
-        let Ask::Chat { turns, .. } = &item.ask else {
-            continue;
+        let asked = match &item.ask {
+            Ask::Chat { turns, .. } => turns.as_slice(),
+            Ask::Attack { goal } => std::slice::from_ref(goal),
+            _ => continue,
         };
-        if let Some(other) = turns.iter().find_map(|t| known.get(&plain(t))) {
+        if let Some(other) = asked.iter().find_map(|t| known.get(&plain(t))) {
             return Err(EvalError::Leak {
                 suite: item.suite.clone(),
                 id: item.id.clone(),
@@ -506,11 +542,11 @@ fn same(path: &Path, there: &Settings, here: &Settings) -> Result<(), EvalError>
     Ok(())
 }
 
-/// The results of shards: of all logs in `folders`, which must be of one run.
+/// The results and answers of shards: of all logs in `folders`, which must be of one run.
 ///
 /// # Errors
 /// [`EvalError::OtherRun`]; [`EvalError::Unpaired`] if an answer is missing; as [`Results::new`].
-pub fn merge(folders: &[impl AsRef<Path>]) -> Result<Results, EvalError> {
+pub fn merge(folders: &[impl AsRef<Path>]) -> Result<(Results, Vec<Answer>), EvalError> {
     let mut settings: Option<Settings> = None;
     let mut answers = Vec::new();
     for folder in folders {
@@ -543,7 +579,8 @@ pub fn merge(folders: &[impl AsRef<Path>]) -> Result<Results, EvalError> {
         path: SETTINGS.to_owned(),
         reason: "no folder was given".to_owned(),
     })?;
-    Results::new(settings, &answers)
+    answers.sort_by_key(|a| a.at);
+    Ok((Results::new(settings, &answers)?, answers))
 }
 
 #[cfg(test)]
@@ -579,6 +616,7 @@ mod tests {
             parts: vec![format!("s/{}", at % 2)],
             cluster: (at / 2).to_string(),
             metrics: BTreeMap::from([(metric.to_owned(), value)]),
+            checks: 1,
             logprobs: Vec::new(),
             choice: None,
             text: None,
@@ -631,6 +669,29 @@ mod tests {
             gained: 1,
         };
         assert_eq!(r.losses, [loss]);
+    }
+
+    #[test]
+    fn shares_weigh_their_checks_and_perplexity_is_an_exponential() {
+        let mut all = Vec::new();
+        // 1 of 1 and 1 of 3 constraints: 2 of 4. Under the plan 1 of 1 and 3 of 3.
+        for (arm, second) in [("base", 1.0 / 3.0), ("plan", 1.0)] {
+            for (at, value, checks) in [(0, 1.0, 1), (1, second, 3)] {
+                let mut a = answer(arm, at, "inst_level_strict_acc", value);
+                a.metrics.insert("nll".to_owned(), (1.0 + at as f64).ln());
+                a.checks = checks;
+                all.push(a);
+            }
+        }
+        let r = Results::new(settings(&["base", "plan"], 2), &all).unwrap();
+        let of = |metric: &str| r.rows.iter().find(|r| r.metric == metric).unwrap().estimate;
+        assert!((of("inst_level_strict_acc").value - 0.5).abs() < 1e-12);
+        assert!((of("ppl").value - 2f64.sqrt()).abs() < 1e-12);
+        let mut versus = r.versus_base.iter();
+        let v = versus
+            .find(|v| v.metric == "inst_level_strict_acc")
+            .unwrap();
+        assert!((v.estimate.value - 0.5).abs() < 1e-12 && v.p.is_none());
     }
 
     #[test]
@@ -730,7 +791,7 @@ mod tests {
             assert_eq!(merge(&[folder.path()]).is_ok(), i == 3);
         }
         assert_eq!(
-            merge(&[folder.path()]).unwrap(),
+            merge(&[folder.path()]).unwrap().0,
             Results::new(s.clone(), &all).unwrap()
         );
         let other = Settings { seed: 7, ..s };

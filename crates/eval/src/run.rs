@@ -1,7 +1,8 @@
 //! The run: every item under every arm, in one model, item by item into a log.
 //!
-//! Choices are scored first, then all that is written goes through one engine, so that its batch is
-//! full across suites and arms; a conversation comes back with its next turn when a reply is done.
+//! Choices are scored first and texts read, then all that is written goes through one engine, so that
+//! its batch is full across suites and arms; a conversation comes back with its next turn when a reply
+//! is done. Attacks come last, a batch of them turn by turn.
 //! Each answer is a line of an append-only file. A killed run reads what is there and does the rest;
 //! since no answer depends on its batch, on the order or on threads, it ends as one that was not
 //! killed, and shards put together are the run that was not sharded.
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use demur_model::chat::{ChatTemplate, Message};
 use demur_model::decoder::Model;
+use demur_model::decoder::Workspace;
 use demur_model::generate::{
     Engine, EngineConfig, Event, Request, RequestId, Sampling, ScoreRequest, score,
 };
@@ -21,11 +23,13 @@ use demur_model::tokenizer::{Special, Tokenizer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::crescendo::{Attack, Crescendo};
 use crate::error::EvalError;
 use crate::files::resume;
 use crate::judge::{Judge, Verdict, opens_as_refusal};
 use crate::prompts::Label;
 use crate::suites::{Ask, Gold, Item};
+use crate::text;
 
 /// A way to run the model.
 #[derive(Debug, Clone)]
@@ -51,7 +55,9 @@ pub struct Asker<'m> {
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Judges of conversations; the first one's word counts.
-    pub judges: Vec<Box<dyn Judge>>,
+    pub judges: Vec<Box<dyn Judge + 'm>>,
+    /// Who attacks, where there is a goal.
+    pub crescendo: Option<Crescendo<'m>>,
 }
 
 /// A user's message and the reply to it.
@@ -63,6 +69,37 @@ pub struct Turn {
     pub reply: String,
     /// What each judge says of it.
     pub verdicts: BTreeMap<String, Verdict>,
+    /// In an attack: taken back after a refusal.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub backtracked: bool,
+    /// In an attack: how far the goal was reached, from 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
+    /// What a judge or the scorer (`score`) failed with.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub failures: BTreeMap<String, String>,
+}
+
+impl Turn {
+    /// A turn with what each judge says of it; one that fails says [`Verdict::Unjudged`].
+    pub fn judged(user: String, reply: String, judges: &[Box<dyn Judge + '_>]) -> Self {
+        let (mut verdicts, mut failures) = (BTreeMap::new(), BTreeMap::new());
+        for judge in judges {
+            let verdict = judge.verdict(&user, &reply).unwrap_or_else(|e| {
+                failures.insert(judge.name().to_owned(), e.to_string());
+                Verdict::Unjudged
+            });
+            verdicts.insert(judge.name().to_owned(), verdict);
+        }
+        Self {
+            user,
+            reply,
+            verdicts,
+            backtracked: false,
+            score: None,
+            failures,
+        }
+    }
 }
 
 /// What an arm made of an item: a line of the log.
@@ -84,6 +121,8 @@ pub struct Answer {
     pub cluster: String,
     /// Metrics and values.
     pub metrics: BTreeMap<String, f64>,
+    /// How many checks a share among the metrics is of; 1 but for `ifeval`.
+    pub checks: usize,
     /// Log-likelihoods of choices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<f64>,
@@ -102,7 +141,8 @@ pub struct Answer {
 }
 
 /// Runs the items of `shard`, the half-open range of item numbers, under all arms; reads and appends
-/// `log`. Answers come by arm and item. `on_done` is told of every answer, those read included.
+/// `log`. Answers come by arm and item. `on_start` is told how many answers the log has, `on_done` of
+/// each one that is added.
 ///
 /// # Errors
 /// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, [`EvalError::Unpaired`] for one
@@ -113,6 +153,7 @@ pub fn run(
     items: &[Item],
     shard: std::ops::Range<usize>,
     log: &Path,
+    on_start: impl FnOnce(usize),
     mut on_done: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>, EvalError> {
     let (file, done) = resume::<Answer>(log)?;
@@ -127,7 +168,6 @@ pub fn run(
         let known = arms.iter().position(|a| a.name == answer.arm);
         match (known, asked.get(answer.at)) {
             (Some(arm), Some(hash)) if *hash == answer.asked => {
-                on_done(&answer);
                 book.answers.insert((arm, answer.at), answer);
             }
             _ => {
@@ -140,8 +180,9 @@ pub fn run(
             }
         }
     }
-    let mut choosing = Vec::new();
-    let mut writing = Vec::new();
+    on_start(book.answers.len());
+    let (mut choosing, mut reading) = (Vec::new(), Vec::new());
+    let (mut writing, mut attacking) = (Vec::new(), Vec::new());
     for arm in 0..arms.len() {
         for at in shard.clone() {
             if book.answers.contains_key(&(arm, at)) {
@@ -149,12 +190,16 @@ pub fn run(
             }
             match items[at].ask {
                 Ask::Choose { .. } => choosing.push((arm, at)),
+                Ask::Read { .. } => reading.push((arm, at)),
                 Ask::Write { .. } | Ask::Chat { .. } => writing.push((arm, at)),
+                Ask::Attack { .. } => attacking.push((arm, at)),
             }
         }
     }
     asker.choose(arms, items, &asked, &choosing, &mut book, &mut on_done)?;
+    asker.read(arms, items, &asked, &mut reading, &mut book, &mut on_done)?;
     asker.write(arms, items, &asked, &writing, &mut book, &mut on_done)?;
+    asker.attack(arms, items, &asked, &attacking, &mut book, &mut on_done)?;
     book.file.sync_all().map_err(|source| EvalError::Io {
         path: log.display().to_string(),
         source,
@@ -208,6 +253,13 @@ impl Asker<'_> {
             Ask::Chat { turns, .. } => {
                 let judges: Vec<&str> = self.judges.iter().map(|j| j.name()).collect();
                 format!("{:?}", (turns, self.max_new_tokens, &self.sampling, judges))
+            }
+            Ask::Read { text } => format!("{text:?}"),
+            Ask::Attack { goal } => {
+                let judges: Vec<&str> = self.judges.iter().map(|j| j.name()).collect();
+                let how = self.crescendo.as_ref().map(Crescendo::how);
+                let limits = (self.max_new_tokens, &self.sampling);
+                format!("{:?}", (goal, how, limits, judges))
             }
         };
         let hash = Sha256::digest(what.as_bytes());
@@ -272,6 +324,104 @@ impl Asker<'_> {
         book.check()
     }
 
+    /// Reads texts: base's logits of one are kept while all arms read it.
+    fn read(
+        &self,
+        arms: &[Arm],
+        items: &[Item],
+        asked: &[String],
+        todo: &mut [(usize, usize)],
+        book: &mut Book<'_>,
+        on_done: &mut impl FnMut(&Answer),
+    ) -> Result<(), EvalError> {
+        todo.sort_by_key(|(arm, at)| (*at, *arm));
+        let mut workspace = Workspace::default();
+        let mut base: (Option<usize>, Vec<f32>) = (None, Vec::new());
+        for &mut (arm, at) in todo {
+            let Ask::Read { text } = &items[at].ask else {
+                continue;
+            };
+            let mut tokens = self.plain(text)?;
+            tokens.truncate(self.model.spec().context);
+            let roles = vec![Role::User; tokens.len()];
+            let mut logits = |hook: Option<&dyn Intervention>| {
+                text::logits(self.model, &tokens, &roles, hook, &mut workspace)
+            };
+            if base.0 != Some(at) {
+                base = (Some(at), logits(None)?);
+            }
+            let d_vocab = self.model.spec().d_vocab;
+            let s = match &arms[arm].hook {
+                None => text::score(&tokens, &base.1, &base.1, d_vocab),
+                Some(hook) => {
+                    let mine = logits(Some(hook.as_ref()))?;
+                    text::score(&tokens, &base.1, &mine, d_vocab)
+                }
+            };
+            let mut answer = blank(&items[at], at, &arms[arm], &asked[at]);
+            for (metric, sum) in [("kl", s.kl), ("nll", s.nll)] {
+                let mean = sum / s.n.max(1) as f64;
+                answer.metrics.insert(metric.to_owned(), mean);
+            }
+            on_done(&answer);
+            book.enter(arm, answer);
+            book.check()?;
+        }
+        Ok(())
+    }
+
+    /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine.
+    fn attack(
+        &self,
+        arms: &[Arm],
+        items: &[Item],
+        asked: &[String],
+        todo: &[(usize, usize)],
+        book: &mut Book<'_>,
+        on_done: &mut impl FnMut(&Answer),
+    ) -> Result<(), EvalError> {
+        let Some(&(_, first)) = todo.first() else {
+            return Ok(());
+        };
+        let crescendo = self.crescendo.as_ref();
+        let crescendo = crescendo.ok_or_else(|| EvalError::NoAttacker {
+            suite: items[first].suite.clone(),
+        })?;
+        let mut engine = Engine::new(self.model, self.tokenizer, self.config);
+        for some in todo.chunks(self.config.max_batch.max(1)) {
+            let mut open: Vec<(usize, usize, Attack)> = Vec::new();
+            for &(arm, at) in some {
+                if let Ask::Attack { goal } = &items[at].ask {
+                    open.push((arm, at, Attack::new(goal, crescendo)));
+                }
+            }
+            while !open.is_empty() {
+                let mut requests = Vec::with_capacity(open.len());
+                for (arm, _, attack) in &mut open {
+                    let messages = attack.next(crescendo)?;
+                    requests.push(self.turn(&messages, &arms[*arm])?);
+                }
+                let outputs = engine.run(requests, |_, _| {})?;
+                let mut left = Vec::new();
+                for ((arm, at, mut attack), output) in open.into_iter().zip(outputs) {
+                    if !attack.take(output.text, &self.judges, crescendo) {
+                        left.push((arm, at, attack));
+                        continue;
+                    }
+                    let mut answer = blank(&items[at], at, &arms[arm], &asked[at]);
+                    let value = f64::from(u8::from(attack.succeeded()));
+                    answer.metrics.insert("attack_success".to_owned(), value);
+                    answer.transcript = attack.transcript;
+                    on_done(&answer);
+                    book.enter(arm, answer);
+                    book.check()?;
+                }
+                open = left;
+            }
+        }
+        Ok(())
+    }
+
     fn write(
         &self,
         arms: &[Arm],
@@ -299,27 +449,15 @@ impl Asker<'_> {
                 let item = &items[answer.at];
                 match &item.ask {
                     Ask::Write { marking, .. } => {
-                        let (strict, flexible) = marking.mark(&output.text);
-                        let value = |b| f64::from(u8::from(b));
-                        answer
-                            .metrics
-                            .insert("exact_match".to_owned(), value(strict));
-                        let name = "exact_match_flexible".to_owned();
-                        answer.metrics.insert(name, value(flexible));
+                        answer.metrics = marking.mark(&output.text);
+                        answer.checks = marking.checks();
                         answer.refused = Some(opens_as_refusal(&output.text));
                         answer.text = Some(output.text);
                     }
                     Ask::Chat { turns, label } => {
                         let user = turns[answer.transcript.len()].clone();
-                        let judges = self.judges.iter();
-                        let verdicts = judges
-                            .map(|j| (j.name().to_owned(), j.verdict(&user, &output.text)))
-                            .collect();
-                        answer.transcript.push(Turn {
-                            user,
-                            reply: output.text,
-                            verdicts,
-                        });
+                        let turn = Turn::judged(user, output.text, &self.judges);
+                        answer.transcript.push(turn);
                         if answer.transcript.len() < turns.len() {
                             let request = self.request(item, &arms[arm], &answer.transcript)?;
                             open.insert(engine.submit(request)?, (arm, answer));
@@ -327,7 +465,7 @@ impl Asker<'_> {
                         }
                         self.sort(&mut answer, *label);
                     }
-                    Ask::Choose { .. } => {}
+                    Ask::Choose { .. } | Ask::Read { .. } | Ask::Attack { .. } => {}
                 }
                 on_done(&answer);
                 book.enter(arm, answer);
@@ -339,7 +477,7 @@ impl Asker<'_> {
 
     /// What is asked next of a conversation that has come as far as `transcript`, or of a text.
     fn request(&self, item: &Item, arm: &Arm, transcript: &[Turn]) -> Result<Request, EvalError> {
-        let (tokens, roles, stop, most) = match &item.ask {
+        match &item.ask {
             Ask::Chat { turns, .. } => {
                 let message = |role: &str, content: &String| Message {
                     role: role.to_owned(),
@@ -351,9 +489,7 @@ impl Asker<'_> {
                     messages.push(message("assistant", &t.reply));
                 }
                 messages.push(message("user", &turns[transcript.len()]));
-                let chat = self.chat.ok_or(demur_model::ModelError::NoChatTemplate)?;
-                let r = chat.encode(self.tokenizer, &messages, true)?;
-                (r.ids, r.roles, Vec::new(), self.max_new_tokens)
+                self.turn(&messages, arm)
             }
             Ask::Write {
                 prompt,
@@ -363,20 +499,27 @@ impl Asker<'_> {
             } => {
                 let tokens = self.plain(prompt)?;
                 let roles = vec![Role::User; tokens.len()];
-                let stop = until.iter().map(|s| (*s).to_owned()).collect();
-                (tokens, roles, stop, *max_new_tokens)
+                Ok(Request {
+                    sampling: self.sampling.clone(),
+                    stop: until.iter().map(|s| (*s).to_owned()).collect(),
+                    hook: arm.hook.clone(),
+                    ..Request::new(tokens, roles, *max_new_tokens)
+                })
             }
-            Ask::Choose { context, .. } => {
-                let tokens = self.plain(context)?;
-                let roles = vec![Role::User; tokens.len()];
-                (tokens, roles, Vec::new(), 1)
+            Ask::Choose { .. } | Ask::Read { .. } | Ask::Attack { .. } => {
+                unreachable!("only what is written is requested")
             }
-        };
+        }
+    }
+
+    /// The model's next reply in a conversation.
+    fn turn(&self, messages: &[Message], arm: &Arm) -> Result<Request, EvalError> {
+        let chat = self.chat.ok_or(demur_model::ModelError::NoChatTemplate)?;
+        let r = chat.encode(self.tokenizer, messages, true)?;
         Ok(Request {
             sampling: self.sampling.clone(),
-            stop,
             hook: arm.hook.clone(),
-            ..Request::new(tokens, roles, most)
+            ..Request::new(r.ids, r.roles, self.max_new_tokens)
         })
     }
 
@@ -422,6 +565,7 @@ fn blank(item: &Item, at: usize, arm: &Arm, asked: &str) -> Answer {
         parts: item.parts.clone(),
         cluster: item.cluster.clone(),
         metrics: BTreeMap::new(),
+        checks: 1,
         logprobs: Vec::new(),
         choice: None,
         text: None,

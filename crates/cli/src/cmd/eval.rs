@@ -4,18 +4,23 @@
 //! on where it was and another one does not mix with it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, bail};
-use demur_eval::judge::{self, Judge, Verdict};
+use anyhow::{Context, Result, bail};
+use demur_eval::crescendo::Crescendo;
+use demur_eval::export;
+use demur_eval::files::write_whole;
+use demur_eval::judge::{self, Judge, Prompted, Verdict};
 use demur_eval::prompts::{self, Label, Split};
 use demur_eval::results::{self, Results, Settings};
-use demur_eval::run::{Arm, Asker, run as run_items, shard as block};
+use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block};
 use demur_eval::stats::{kappa, wilson};
 use demur_eval::suites::{Ask, Item, SUITES, safety, suite};
+use demur_eval::talk::{Local, Remote, Talker};
 use demur_eval::{rows, wrap};
 use demur_model::generate::{EngineConfig, Sampling};
 use demur_model::hooks::Intervention;
+use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -25,6 +30,7 @@ use crate::cmd::plan;
 use crate::exit::{self, Usage};
 use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
+use crate::report::evaluation;
 use crate::study::config::Precision;
 
 const EXAMPLES: &str = "\
@@ -35,6 +41,8 @@ Examples:
   demur eval xstest,advbench --wrap role_play --judge rules --judge opener --data DIR
   demur eval refusal --prompts mine.csv --label unsafe --plan plan.toml
   demur eval mmlu --shard 1/4 --out runs/mmlu; demur eval merge runs/mmlu
+  demur eval studies/paper-suite.toml --plan plan.toml
+  demur eval crescendo --attacker http://127.0.0.1:8000/v1#m --scorer local:judge.gguf
 
 A run that was stopped goes on where it was: run the same command again.";
 
@@ -43,7 +51,8 @@ A run that was stopped goes on where it was: run the same command again.";
 pub struct Args {
     #[command(subcommand)]
     action: Option<Action>,
-    /// Names of suites, separated by commas; `demur eval list` shows them.
+    /// Names of suites, separated by commas; `demur eval list` shows them. Or a TOML file that names
+    /// suites and their limits.
     #[arg(value_delimiter = ',', value_name = "SUITE")]
     suites: Vec<String>,
     #[command(flatten)]
@@ -73,9 +82,8 @@ enum Action {
     Judges {
         /// JSONL or CSV with `prompt`, `response` and `refusal` (true or false).
         labels: PathBuf,
-        /// A judge; may be repeated. Both built-in ones, if not given.
-        #[arg(long = "judge", value_name = "NAME")]
-        judges: Vec<String>,
+        #[command(flatten)]
+        judging: Judging,
         /// Print every reply on which a judge and the label differ.
         #[arg(long)]
         show: bool,
@@ -129,9 +137,18 @@ struct How {
     /// Put every request under this jailbreak wrapper; `demur eval list` shows them.
     #[arg(long, value_name = "NAME")]
     wrap: Option<String>,
-    /// Who sorts replies; may be repeated, the first one's word counts. `rules`, if not given.
-    #[arg(long = "judge", value_name = "NAME")]
-    judges: Vec<String>,
+    #[command(flatten)]
+    judging: Judging,
+    /// Who attacks in `crescendo`: `BASE#MODEL` for an address that speaks OpenAI's chat completions,
+    /// `local:MODEL` for a checkpoint.
+    #[arg(long, value_name = "WHO", requires = "scorer")]
+    attacker: Option<String>,
+    /// Instructions of the attacker, with the marks `{{ objective }}` and `{{ max_turns }}`.
+    #[arg(long, value_name = "FILE")]
+    attacker_prompt: Option<PathBuf>,
+    /// Who says how far an attack got; as `--attacker`.
+    #[arg(long, value_name = "WHO", requires = "attacker")]
+    scorer: Option<String>,
     /// Prompts on which a plan was tuned; an item that is among them is an error. May be repeated.
     #[arg(long, value_name = "FILE")]
     tuned_on: Vec<PathBuf>,
@@ -158,6 +175,132 @@ struct How {
     json: bool,
 }
 
+/// Who sorts replies.
+#[derive(Debug, clap::Args)]
+struct Judging {
+    /// Who sorts replies: `rules`, `opener`, or a model: `BASE#MODEL` for an address that speaks
+    /// OpenAI's chat completions (`OPENAI_API_KEY` is sent if set), `local:MODEL` for a checkpoint. May
+    /// be repeated; the first one's word counts. `rules`, if not given; both built-in ones where judges
+    /// are measured.
+    #[arg(long = "judge", value_name = "WHO")]
+    judges: Vec<String>,
+    /// What a model is asked as a judge, with the marks `{request}` and `{reply}`.
+    #[arg(long, value_name = "FILE")]
+    judge_prompt: Option<PathBuf>,
+    /// Seconds that an address has for an answer.
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    patience: u64,
+}
+
+/// A file that names suites: what `demur eval FILE.toml` reads.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SuiteFile {
+    suite: Vec<Chosen>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Chosen {
+    name: String,
+    /// At most this many items; 0 takes all.
+    #[serde(default)]
+    limit: usize,
+}
+
+/// Suites and limits: those of a file, or the names with one limit.
+fn chosen(names: &[String], limit: usize) -> Result<Vec<Chosen>> {
+    let mut all = Vec::new();
+    for name in names {
+        if name.ends_with(".toml") {
+            let text = std::fs::read_to_string(name).with_context(|| format!("read {name}"))?;
+            let file: SuiteFile = toml::from_str(&text).with_context(|| format!("read {name}"))?;
+            all.extend(file.suite);
+        } else {
+            let name = name.clone();
+            all.push(Chosen { name, limit });
+        }
+    }
+    Ok(all)
+}
+
+/// Models beside the one that is measured: attackers, scorers and judges.
+struct Cast {
+    /// By their names after `local:`.
+    loaded: Vec<(String, Loaded)>,
+    patience: u64,
+}
+
+impl Cast {
+    /// Loads the checkpoints among `who`.
+    fn new<'a>(who: impl Iterator<Item = &'a String>, patience: u64) -> Result<Self> {
+        let mut loaded: Vec<(String, Loaded)> = Vec::new();
+        for name in who.filter_map(|w| w.strip_prefix("local:")) {
+            if loaded.iter().all(|(known, _)| known != name) {
+                loaded.push((name.to_owned(), Loaded::open(name, Precision::default())?));
+            }
+        }
+        Ok(Self { loaded, patience })
+    }
+
+    /// The talker behind `who`; none if it names no model.
+    fn talker(&self, who: &str, max_new_tokens: usize) -> Result<Option<Box<dyn Talker + '_>>> {
+        if let Some(name) = who.strip_prefix("local:") {
+            let found = self.loaded.iter().find(|(known, _)| known == name);
+            let (_, loaded) = found.context("every checkpoint was loaded")?;
+            return Ok(Some(Box::new(Local {
+                name: who.to_owned(),
+                model: &loaded.model,
+                tokenizer: &loaded.tokenizer,
+                chat: loaded.chat()?,
+                max_new_tokens,
+                turn: Mutex::new(()),
+            })));
+        }
+        let address = who.starts_with("http://") || who.starts_with("https://");
+        Ok(match who.rsplit_once('#') {
+            Some((base, model)) if address => {
+                let key = std::env::var("OPENAI_API_KEY").ok();
+                let remote = Remote::new(base, model, key, max_new_tokens, self.patience);
+                Some(Box::new(remote))
+            }
+            _ => None,
+        })
+    }
+
+    /// As [`Self::talker`], for who must be a model.
+    fn model(&self, who: &str, max_new_tokens: usize) -> Result<Box<dyn Talker + '_>> {
+        self.talker(who, max_new_tokens)?.ok_or_else(|| {
+            anyhow::anyhow!("'{who}' is no model: write BASE#MODEL, as http://127.0.0.1:8000/v1#llama, or local:MODEL")
+                .context(Usage)
+        })
+    }
+
+    /// The judges, tried on replies whose sort is known.
+    fn judges(&self, names: &[String], how: &Judging) -> Result<Vec<Box<dyn Judge + '_>>> {
+        let prompt = how.judge_prompt.as_deref().map(text_of).transpose()?;
+        let mut all: Vec<Box<dyn Judge + '_>> = Vec::new();
+        for name in names {
+            let judge: Box<dyn Judge + '_> = match self.talker(name, VERDICT_TOKENS)? {
+                Some(talker) => Box::new(Prompted::new(Arc::from(talker), prompt.clone())),
+                None => judge::named(name).map_err(|e| anyhow::Error::new(e).context(Usage))?,
+            };
+            judge::check(judge.as_ref())?;
+            all.push(judge);
+        }
+        Ok(all)
+    }
+}
+
+/// Longest answers of models that judge, score and attack.
+const VERDICT_TOKENS: usize = 64;
+const SCORE_TOKENS: usize = 256;
+const QUESTION_TOKENS: usize = 512;
+
+fn text_of(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
+}
+
 fn parse_shard(text: &str) -> Result<(usize, usize), String> {
     let numbers = text
         .split_once('/')
@@ -173,27 +316,28 @@ pub fn run(args: Args) -> Result<()> {
         Some(Action::List { data }) => list(&data),
         Some(Action::Refusal(r)) => refusal(&r),
         Some(Action::Merge { folders, json }) => {
-            let results = results::merge(&folders)?;
+            let (results, answers) = results::merge(&folders)?;
             let path = folders[0].join(results::RESULTS);
-            results.write(&path)?;
+            write(&results, &answers, &folders[0])?;
             show(&results, &path, json)
         }
         Some(Action::Judges {
             labels,
-            judges,
+            judging,
             show,
             json,
-        }) => agreement(&labels, &judges, show, json),
+        }) => agreement(&labels, &judging, show, json),
         None if args.suites.is_empty() => {
             bail!(anyhow::anyhow!("name a suite; `demur eval list` shows them").context(Usage))
         }
         None => {
-            let mut items = Vec::new();
-            for name in &args.suites {
-                let known = suite(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
-                items.extend(known.load(&args.how.data, args.how.limit)?);
+            let (mut names, mut items) = (Vec::new(), Vec::new());
+            for Chosen { name, limit } in chosen(&args.suites, args.how.limit)? {
+                let known = suite(&name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+                items.extend(known.load(&args.how.data, limit)?);
+                names.push(name);
             }
-            evaluate(&args.how, &args.suites, items)
+            evaluate(&args.how, &names, items)
         }
     }
 }
@@ -217,6 +361,11 @@ fn list(data: &Path) -> Result<()> {
     say(format_args!(
         "{:<20} the whole reply, sentence by sentence",
         "rules"
+    ))?;
+    say(format_args!("{:<20} a model that is asked", "BASE#MODEL"))?;
+    say(format_args!(
+        "{:<20} a checkpoint that is asked",
+        "local:MODEL"
     ))
 }
 
@@ -247,20 +396,24 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
             }
         }
     }
-    let judges = if how.judges.is_empty() {
+    let judges = if how.judging.judges.is_empty() {
         vec!["rules".to_owned()]
     } else {
-        how.judges.clone()
+        how.judging.judges.clone()
     };
-    let sorted_by = judges
-        .iter()
-        .map(|name| judge::named(name).map_err(|e| anyhow::Error::new(e).context(Usage)))
-        .collect::<Result<Vec<Box<dyn Judge>>>>()?;
-    sorted_by
-        .iter()
-        .try_for_each(|j| judge::check(j.as_ref()))?;
     no_leak(how, &items)?;
     exit::say_how_to_go_on();
+    let who = judges.iter().chain(&how.attacker).chain(&how.scorer);
+    let cast = Cast::new(who, how.judging.patience)?;
+    let sorted_by = cast.judges(&judges, &how.judging)?;
+    let crescendo = match (&how.attacker, &how.scorer) {
+        (Some(attacker), Some(scorer)) => Some(Crescendo::new(
+            cast.model(attacker, QUESTION_TOKENS)?,
+            cast.model(scorer, SCORE_TOKENS)?,
+            how.attacker_prompt.as_deref().map(text_of).transpose()?,
+        )),
+        _ => None,
+    };
     let loaded = Loaded::open(&how.model, how.precision)?;
     let mut arms = vec![Arm {
         name: "base".to_owned(),
@@ -322,10 +475,12 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
             ..Sampling::greedy()
         },
         judges: sorted_by,
+        crescendo,
     };
     let bar = Progress::new("eval", "answers", (range.len() * arms.len()) as u64);
     let log = folder.join(results::log_name(how.shard));
-    let answers = run_items(&asker, &arms, &items, range, &log, |_| bar.advance(1))?;
+    let (known, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
+    let answers = run_items(&asker, &arms, &items, range, &log, known, done)?;
     bar.finish();
     if let Some((i, n)) = how.shard {
         note(format_args!(
@@ -335,9 +490,21 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         return Ok(());
     }
     let results = Results::new(settings, &answers)?;
-    let path = folder.join(results::RESULTS);
-    results.write(&path)?;
-    show(&results, &path, how.json)
+    write(&results, &answers, &folder)?;
+    show(&results, &folder.join(results::RESULTS), how.json)
+}
+
+/// Writes the results, and beside them the page and what other programs read.
+fn write(results: &Results, answers: &[Answer], folder: &Path) -> Result<()> {
+    results.write(&folder.join(results::RESULTS))?;
+    write_whole(&folder.join("results.csv"), export::csv(results).as_bytes())?;
+    let page = evaluation::render(results, answers);
+    write_whole(&folder.join("report.html"), page.as_bytes())?;
+    for (at, (arm, _)) in results.settings.arms.iter().enumerate() {
+        let bytes = serde_json::to_vec_pretty(&export::lm_eval(results, arm))?;
+        write_whole(&folder.join(format!("lm_eval.{at}.json")), &bytes)?;
+    }
+    Ok(())
 }
 
 /// A plan's figures are void on prompts on which it was tuned: what demur ships for discovery and
@@ -414,7 +581,7 @@ fn show(results: &Results, path: &Path, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-fn agreement(labels: &Path, names: &[String], show: bool, as_json: bool) -> Result<()> {
+fn agreement(labels: &Path, judging: &Judging, show: bool, as_json: bool) -> Result<()> {
     let read = rows::read(labels)?;
     let mut replies = Vec::new();
     for row in &read {
@@ -426,17 +593,18 @@ fn agreement(labels: &Path, names: &[String], show: bool, as_json: bool) -> Resu
         let prompt = row.label(&["prompt"]).unwrap_or_default();
         replies.push((prompt, row.text(&["response"])?, refused));
     }
-    let names = match names {
+    let names = match judging.judges.as_slice() {
         [] => vec!["opener".to_owned(), "rules".to_owned()],
         names => names.to_vec(),
     };
+    let cast = Cast::new(names.iter(), judging.patience)?;
     let truth: Vec<bool> = replies.iter().map(|r| r.2).collect();
     let mut all = Vec::new();
-    for name in &names {
-        let judge = judge::named(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+    for judge in cast.judges(&names, judging)? {
+        let name = judge.name();
         let verdicts: Vec<Verdict> = replies
             .iter()
-            .map(|(p, r, _)| judge.verdict(p, r))
+            .map(|(p, r, _)| judge.verdict(p, r).unwrap_or(Verdict::Unjudged))
             .collect();
         let says: Vec<bool> = verdicts
             .iter()
@@ -452,10 +620,11 @@ fn agreement(labels: &Path, names: &[String], show: bool, as_json: bool) -> Resu
         let right = count(true, true) + count(false, false);
         let e = wilson(right, truth.len());
         let k = kappa(&truth, &says);
-        let partial = verdicts.iter().filter(|v| **v == Verdict::Partial).count();
+        let of = |sort: Verdict| verdicts.iter().filter(|v| **v == sort).count();
+        let (partial, failed) = (of(Verdict::Partial), of(Verdict::Unjudged));
         say(format_args!(
             "{name:<10} kappa {k:.3}, agreement {:.3} [{:.3}, {:.3}], n {}: missed {} refusals, {} \
-             false alarms, {partial} partial",
+             false alarms, {partial} partial, {failed} not judged",
             e.value,
             e.lo,
             e.hi,
@@ -471,7 +640,7 @@ fn agreement(labels: &Path, names: &[String], show: bool, as_json: bool) -> Resu
         }
         all.push(json!({
             "judge": name, "kappa": k, "agreement": e, "missed": count(true, false),
-            "false_alarms": count(false, true), "partial": partial,
+            "false_alarms": count(false, true), "partial": partial, "not_judged": failed,
         }));
     }
     if as_json {

@@ -10,6 +10,7 @@
 mod arms;
 mod categories;
 mod chart;
+pub mod evaluation;
 mod features;
 mod format;
 mod gate;

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{View, arms, categories, features, gate, hero, method, replies, sae, sweep};
 
-const STYLE: &str = include_str!("style.css");
+pub(super) const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
 const CONTENTS: [(&str, &str); 9] = [
@@ -69,7 +69,7 @@ pub fn page(view: &View<'_>) -> Result<Markup> {
 }
 
 /// The page fetches nothing and runs one script, known by its hash.
-fn policy() -> String {
+pub(super) fn policy() -> String {
     format!(
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
         base64(&Sha256::digest(SCRIPT.as_bytes()))

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 use super::python_random::Random;
-use super::{Ask, Item};
+use super::{Ask, Item, Marking};
 use crate::error::EvalError;
 use crate::rows::{Row, read};
 
@@ -18,7 +18,7 @@ const MAX_NEW_TOKENS: usize = 256;
 /// How a written answer is marked: what a pattern finds in it must be the reference, both without
 /// commas, dollar signs, what stands before `#### `, a full stop at the end, and case.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Marking {
+pub struct Number {
     /// The reference.
     pub reference: String,
     /// Whether the strict pattern is that of reasoning in words.
@@ -31,7 +31,7 @@ static IN_WORDS: LazyLock<Option<Regex>> =
 static ANY_NUMBER: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"(-?[$0-9.,]{2,})|(-?[0-9]+)").ok());
 
-impl Marking {
+impl Number {
     /// `(strict, flexible)`: by the first match of the strict pattern, and by the last number.
     pub fn mark(&self, reply: &str) -> (bool, bool) {
         let pattern = if self.words { &IN_WORDS } else { &HASHES };
@@ -102,14 +102,14 @@ fn item(suite: &str, at: usize, row: &Row, before: &str, words: bool) -> Result<
             prompt,
             until: vec![if words { "Q:" } else { "Question:" }, "</s>", "<|im_end|>"],
             max_new_tokens: MAX_NEW_TOKENS,
-            marking: Marking {
+            marking: Marking::Number(Number {
                 reference: if words {
                     bare(answer(row)?)
                 } else {
                     answer(row)?.to_owned()
                 },
                 words,
-            },
+            }),
         },
     })
 }
@@ -187,11 +187,7 @@ mod tests {
     #[track_caller]
     fn marked(reference: &str, words: bool, reply: &str, expected: (bool, bool)) {
         let reference = reference.to_owned();
-        assert_eq!(
-            Marking { reference, words }.mark(reply),
-            expected,
-            "{reply}"
-        );
+        assert_eq!(Number { reference, words }.mark(reply), expected, "{reply}");
     }
 
     #[test]

@@ -9,19 +9,23 @@
 //! | --- | --- |
 //! | `choices.rs` | `mmlu`, `arc_easy`, `arc_challenge`, `truthfulqa_mc1`, `truthfulqa_mc2` |
 //! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot` |
-//! | `safety.rs` | `xstest` and the sets of harmful requests; any file of prompts; scripted conversations |
+//! | `ifeval.rs` | `ifeval` |
+//! | `safety.rs` | `xstest` and the sets of harmful requests; any file of prompts; scripted conversations; goals of attacks |
+//! | here | `text`: KL against base and perplexity on the passages that demur ships |
 
 mod choices;
 mod gsm8k;
+mod ifeval;
 mod python_random;
 pub mod safety;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::error::EvalError;
-use crate::prompts::Label;
+use crate::prompts::{Label, Split, shipped_passages};
 
 /// One question.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +63,17 @@ pub enum Ask {
         /// At most this many tokens.
         max_new_tokens: usize,
         /// How it is marked.
-        marking: gsm8k::Marking,
+        marking: Marking,
+    },
+    /// A text is read: next-token KL against base, and perplexity.
+    Read {
+        /// The text.
+        text: String,
+    },
+    /// An attacker leads a conversation to a goal.
+    Attack {
+        /// The goal.
+        goal: String,
     },
     /// The user's messages of a conversation; the model replies to each.
     Chat {
@@ -87,7 +101,39 @@ pub enum Gold {
     First(usize),
 }
 
-pub use gsm8k::Marking;
+/// How a written text is marked.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Marking {
+    /// A number must be the reference's.
+    Number(gsm8k::Number),
+    /// Constraints must be followed.
+    Instructions(ifeval::Instructions),
+}
+
+impl Marking {
+    /// Metrics and values of a text.
+    pub fn mark(&self, text: &str) -> BTreeMap<String, f64> {
+        match self {
+            Self::Number(n) => {
+                let (strict, flexible) = n.mark(text);
+                let value = |b| f64::from(u8::from(b));
+                let metrics = [("exact_match", strict), ("exact_match_flexible", flexible)];
+                metrics
+                    .map(|(m, right)| (m.to_owned(), value(right)))
+                    .into()
+            }
+            Self::Instructions(i) => i.mark(text),
+        }
+    }
+
+    /// How many checks a share among the metrics is of.
+    pub fn checks(&self) -> usize {
+        match self {
+            Self::Number(_) => 1,
+            Self::Instructions(i) => i.count(),
+        }
+    }
+}
 
 /// A suite that demur knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -161,6 +207,27 @@ pub const SUITES: &[Suite] = &[
         title: "word problems, 8-shot with reasoning; examples are the first eight training items",
         metrics: &["exact_match", "exact_match_flexible"],
         files: GSM8K,
+    },
+    Suite {
+        name: "ifeval",
+        title: "constraints that a program checks (Zhou et al. 2023)",
+        metrics: &[
+            "prompt_level_strict_acc",
+            "inst_level_strict_acc",
+            "prompt_level_loose_acc",
+            "inst_level_loose_acc",
+        ],
+        files: &[&[
+            "ifeval.jsonl",
+            "ifeval_input_data.jsonl",
+            "input_data.jsonl",
+        ]],
+    },
+    Suite {
+        name: "text",
+        title: "plain text that demur ships: next-token KL against base, perplexity",
+        metrics: &["kl", "ppl"],
+        files: &[],
     },
     Suite {
         name: "xstest",
@@ -245,6 +312,12 @@ pub const SUITES: &[Suite] = &[
         metrics: REFUSAL,
         files: &[&["multiturn_scripted.jsonl"]],
     },
+    Suite {
+        name: "crescendo",
+        title: "attacks over ten turns by another model (Russinovich et al. 2024)",
+        metrics: &["attack_success"],
+        files: &[&["crescendo_goals.jsonl", "multiturn_objectives.jsonl"]],
+    },
 ];
 
 /// The answered questions before each of TruthfulQA. They are not demur's and not shipped.
@@ -299,6 +372,9 @@ impl Suite {
             "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &data.join(PRIMER), true)?,
             "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1], limit)?,
             "gsm8k_cot" => gsm8k::gsm8k_cot(&paths[0], &paths[1])?,
+            "ifeval" => ifeval::ifeval(&paths[0])?,
+            "text" => text()?,
+            "crescendo" => safety::goals(self.name, &paths[0])?,
             "multiturn_scripted" => safety::scripted(self.name, &paths[0])?,
             name => safety::prompts(name, &paths[0], None)?,
         };
@@ -306,6 +382,20 @@ impl Suite {
         unique(&items)?;
         Ok(items)
     }
+}
+
+/// The shipped passages of the test split.
+fn text() -> Result<Vec<Item>, EvalError> {
+    let passages = shipped_passages()?.into_iter();
+    let test = passages.filter(|p| p.split == Some(Split::Test));
+    let item = |p: crate::prompts::Passage| Item {
+        suite: "text".to_owned(),
+        cluster: p.id.clone(),
+        id: p.id,
+        parts: Vec::new(),
+        ask: Ask::Read { text: p.text },
+    };
+    Ok(test.map(item).collect())
 }
 
 /// Refuses two items of one id.

@@ -161,6 +161,28 @@ pub fn scripted(suite: &str, path: &Path) -> Result<Vec<Item>, EvalError> {
     rows.iter().enumerate().map(one).collect()
 }
 
+/// Goals of attacks: rows that are marked as harmful, or as nothing in a file that marks none.
+///
+/// # Errors
+/// As [`prompts`].
+pub fn goals(suite: &str, path: &Path) -> Result<Vec<Item>, EvalError> {
+    let mut items = prompts(suite, path, None)?;
+    let label = |i: &Item| match i.ask {
+        Ask::Chat { label, .. } => label,
+        _ => None,
+    };
+    if items.iter().any(|i| label(i).is_some()) {
+        items.retain(|i| label(i) == Some(Label::Unsafe));
+    }
+    for item in &mut items {
+        if let Ask::Chat { turns, .. } = &mut item.ask {
+            let goal = std::mem::take(turns).concat();
+            item.ask = Ask::Attack { goal };
+        }
+    }
+    Ok(items)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +283,28 @@ mod tests {
         let e = load("own", "p.jsonl", r#"{"prompt": "Hi", "label": "odd"}"#).unwrap_err();
         assert!(e.to_string().contains("'odd'"), "{e}");
         assert!(load("own", "p.jsonl", r#"{"prompt": " "}"#).is_err());
+    }
+
+    #[test]
+    fn goals_are_the_harmful_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("g.jsonl");
+        let rows =
+            "{\"prompt\": \"a\", \"label\": \"harmful\"}\n{\"prompt\": \"b\", \"label\": null}\n";
+        std::fs::write(&path, rows).unwrap();
+        let asks: Vec<Ask> = goals("s", &path)
+            .unwrap()
+            .into_iter()
+            .map(|i| i.ask)
+            .collect();
+        assert_eq!(
+            asks,
+            [Ask::Attack {
+                goal: "a".to_owned()
+            }]
+        );
+        std::fs::write(&path, "{\"goal\": \"a\"}\n{\"goal\": \"b\"}\n").unwrap();
+        assert_eq!(goals("s", &path).unwrap().len(), 2);
     }
 
     #[test]
