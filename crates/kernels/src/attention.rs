@@ -437,13 +437,17 @@ impl<const N: usize> Tile<'_, N> {
     }
 }
 
+/// Queries and scores of a wide tile.
+#[cfg(target_arch = "x86_64")]
+type WideScores<'a> = (&'a [[f32; WIDE]], &'a mut [[f32; WIDE]; KEYS]);
+
 /// Queries and scores of a tile as those of a wide one, if it is.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn wide<'a, const N: usize>(
     q: &'a [[f32; N]],
     scores: &'a mut [[f32; N]],
-) -> Option<(&'a [[f32; WIDE]], &'a mut [[f32; WIDE]; KEYS])> {
+) -> Option<WideScores<'a>> {
     if N != WIDE {
         return None;
     }
