@@ -11,7 +11,7 @@ use crate::encoder;
 use crate::gemm::{Matrix, matmul_with};
 use crate::ops;
 
-/// GFLOP/s of the instruction of the [`encoder`](crate::encoder)'s bf16 product; of the f32 product of the
+/// GFLOP/s of the instruction of the [`crate::encoder`]'s bf16 product; of the f32 product of the
 /// `gemm` crate, on operands in the cache, where there is none.
 pub fn product_gflops(rounds: usize) -> f64 {
     best(rounds, run)
