@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
 use crate::dispatch::{Isa, isa};
 #[cfg(target_arch = "x86_64")]
 use crate::encoder;
 use crate::gemm::{Matrix, matmul_with};
-use crate::ops;
+use crate::{ops, packed};
 
 /// GFLOP/s of the instruction of the [`crate::encoder`]'s bf16 product; of the f32 product of the
 /// `gemm` crate, on operands in the cache, where there is none.
@@ -20,16 +21,8 @@ pub fn product_gflops(rounds: usize) -> f64 {
 /// GOP/s of the instruction of the int8 product with packed weights (a multiply-add is two operations);
 /// `None` where it is not a single one.
 pub fn int8_gops(rounds: usize) -> Option<f64> {
-    #[cfg(target_arch = "x86_64")]
-    if isa() >= Isa::Avx512 {
-        return Some(best(rounds, || {
-            let rounds = 1 << 20;
-            std::hint::black_box(crate::packed::spin(rounds));
-            rounds as f64 * 16.0 * 128.0
-        }));
-    }
-    let _ = (rounds, isa());
-    None
+    packed::spin()?;
+    Some(best(rounds, || packed::spin().unwrap_or(0.0)))
 }
 
 /// GB/s read from memory, each thread from 128 MB of its own.

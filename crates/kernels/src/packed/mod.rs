@@ -47,8 +47,6 @@ pub(crate) use self::activations::Activations;
 use self::activations::{TILE, Tile, XBlock};
 pub(crate) use self::gated::Gated;
 use self::panel::{Panel, Row, Scratch};
-#[cfg(target_arch = "x86_64")]
-pub(crate) use self::vnni::spin;
 use crate::dispatch::{Isa, isa};
 use crate::linear::{L2_ACTIVATIONS, L2_WEIGHTS, READ_AHEAD};
 use crate::pool;
@@ -491,6 +489,16 @@ impl Packed {
             }
         }
     }
+}
+
+/// Some milliseconds of the int8 instruction on registers; the number of operations, or `None` where the
+/// product is not a single instruction.
+pub(crate) fn spin() -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if isa() >= Isa::Avx512 {
+        return Some(vnni::spin());
+    }
+    None
 }
 
 /// Stores the integer of row `r` and column `i` of a block.

@@ -87,31 +87,11 @@ fn unpack_avx2(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], min
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn unpack_avx512(w: &Packed, p: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
     vnni::unpack(w, p, lines);
-    let supers = w.blocks * BLOCK / 256;
-    let per_panel = w.blocks * w.halves;
-    let groups = p * per_panel..(p + 1) * per_panel;
-    let supers = p * supers..(p + 1) * supers;
-    let blocks = p * w.blocks..(p + 1) * w.blocks;
-    match &w.factors {
-        Factors::Blocks { scales: s, mins: m } => {
-            widen_avx512(&s[blocks.clone()], scales);
-            if !m.is_empty() {
-                widen_avx512(&m[blocks], mins);
-            }
-        }
-        Factors::Supers { units, scales: s } => {
-            expand_avx512(&units[supers], &s[groups], 1.0, scales);
-        }
-        Factors::SupersWithMins {
-            units,
-            scales: s,
-            min_units,
-            mins: m,
-        } => {
-            expand_avx512(&units[supers.clone()], &s[groups.clone()], 1.0, scales);
-            expand_avx512(&min_units[supers], &m[groups], -1.0, mins);
-        }
-    }
+    let widen = |halves: &_, out: &mut _| widen_avx512(halves, out);
+    let expand = |units: &_, integers: &_, sign, out: &mut _| {
+        expand_avx512(units, integers, sign, out);
+    };
+    unpack_factors(w, p, scales, mins, widen, expand);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -132,10 +112,8 @@ fn widen_avx512(halves: &[[u16; PANEL]], out: &mut [Row]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn expand_avx512(units: &[[u16; PANEL]], integers: &[[i8; PANEL]], sign: f32, out: &mut [Row]) {
     use std::arch::x86_64::*;
-    let each = integers.len() / units.len().max(1);
-    let parts = integers
-        .chunks_exact(each.max(1))
-        .zip(out.chunks_exact_mut(each.max(1)));
+    let each = (integers.len() / units.len().max(1)).max(1);
+    let parts = integers.chunks_exact(each).zip(out.chunks_exact_mut(each));
     for (unit, (integers, out)) in units.iter().zip(parts) {
         // SAFETY: 16 values.
         let unit = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(unit.as_ptr().cast())) };
@@ -154,7 +132,7 @@ fn expand_avx512(units: &[[u16; PANEL]], integers: &[[i8; PANEL]], sign: f32, ou
 #[inline(always)]
 fn unpack(w: &Packed, panel: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
     unpack_integers(w, panel, lines);
-    unpack_factors(w, panel, scales, mins);
+    unpack_factors(w, panel, scales, mins, widen, expand);
 }
 
 #[inline(always)]
@@ -193,18 +171,28 @@ fn unpack_integers(w: &Packed, panel: usize, lines: &mut [Line]) {
     }
 }
 
+/// The factors of a panel: f16 widened, or integers expanded by their units.
 #[inline(always)]
-fn unpack_factors(w: &Packed, panel: usize, scales: &mut [Row], mins: &mut [Row]) {
+fn unpack_factors(
+    w: &Packed,
+    panel: usize,
+    scales: &mut [Row],
+    mins: &mut [Row],
+    widen: impl Fn(&[[u16; PANEL]], &mut [Row]),
+    expand: impl Fn(&[[u16; PANEL]], &[[i8; PANEL]], f32, &mut [Row]),
+) {
+    let of = |each: usize| panel * each..(panel + 1) * each;
+    let (blocks, groups) = (of(w.blocks), of(w.blocks * w.halves));
+    let supers = of(w.blocks * BLOCK / 256);
     match &w.factors {
         Factors::Blocks { scales: s, mins: m } => {
-            let from = panel * w.blocks;
-            widen(&s[from..from + w.blocks], scales);
+            widen(&s[blocks.clone()], scales);
             if !m.is_empty() {
-                widen(&m[from..from + w.blocks], mins);
+                widen(&m[blocks], mins);
             }
         }
         Factors::Supers { units, scales: s } => {
-            expand(w, panel, units, s, 1.0, scales);
+            expand(&units[supers], &s[groups], 1.0, scales);
         }
         Factors::SupersWithMins {
             units,
@@ -212,8 +200,8 @@ fn unpack_factors(w: &Packed, panel: usize, scales: &mut [Row], mins: &mut [Row]
             min_units,
             mins: m,
         } => {
-            expand(w, panel, units, s, 1.0, scales);
-            expand(w, panel, min_units, m, -1.0, mins);
+            expand(&units[supers.clone()], &s[groups.clone()], 1.0, scales);
+            expand(&min_units[supers], &m[groups], -1.0, mins);
         }
     }
 }
@@ -240,24 +228,12 @@ fn widen(halves: &[[u16; PANEL]], out: &mut [Row]) {
 
 /// `sign * unit * integer`, one unit for each 256 columns.
 #[inline(always)]
-fn expand(
-    w: &Packed,
-    panel: usize,
-    units: &[[u16; PANEL]],
-    integers: &[[i8; PANEL]],
-    sign: f32,
-    out: &mut [Row],
-) {
-    let per_super = 256 / BLOCK * w.halves;
-    let supers = w.blocks * BLOCK / 256;
-    let integers = &integers[panel * w.blocks * w.halves..(panel + 1) * w.blocks * w.halves];
-    let units = &units[panel * supers..(panel + 1) * supers];
-    let parts = out
-        .chunks_exact_mut(per_super)
-        .zip(integers.chunks_exact(per_super));
-    for (unit, (out, integers)) in units.iter().zip(parts) {
+fn expand(units: &[[u16; PANEL]], integers: &[[i8; PANEL]], sign: f32, out: &mut [Row]) {
+    let each = (integers.len() / units.len().max(1)).max(1);
+    let parts = integers.chunks_exact(each).zip(out.chunks_exact_mut(each));
+    for (unit, (integers, out)) in units.iter().zip(parts) {
         let unit: Row = std::array::from_fn(|r| sign * widen_f16(unit[r]));
-        for (out, integers) in out.iter_mut().zip(integers) {
+        for (integers, out) in integers.iter().zip(out) {
             for r in 0..PANEL {
                 out[r] = unit[r] * f32::from(integers[r]);
             }
