@@ -142,10 +142,7 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
     let plans = plans(m.spec().n_layers, m.spec().d_model)?;
     let (mut prefill, mut decode, mut decode16, mut steered16, mut harvested) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut gops, mut read): (Option<f64>, f64) = (None, 0.0);
     for _ in 0..rounds.max(1) {
-        gops = limits::int8_gops(1).map(|g| g.max(gops.unwrap_or(0.0)));
-        read = limits::read_gb_s(1).max(read);
         let mut cache = m.new_cache();
         prefill.push(context as f64 / pass(&mut [(&tokens, &mut cache, None)], &mut ws)?);
         let mut seconds = 0.0;
@@ -168,26 +165,29 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
         harvest(m, site, &sequences, total, |_, _| Ok(()))?;
         harvested.push(total as f64 / started.elapsed().as_secs_f64());
     }
+    // The limits come last: they take memory of their own.
+    let peak = resident::peak();
+    let read = limits::read_gb_s(rounds.max(1));
+    let [prefill, decode, decode16, steered16, harvested] =
+        [prefill, decode, decode16, steered16, harvested].map(|mut f| median(&mut f));
+    let floors = Floors::of(m, context);
     let mut figures = vec![
-        ("prefill_tok_s", median(&mut prefill)),
-        ("decode_tok_s", median(&mut decode)),
-        ("decode16_tok_s", median(&mut decode16)),
-        ("steered16_tok_s", median(&mut steered16)),
-        ("harvest_tok_s", median(&mut harvested)),
+        ("prefill_tok_s", prefill),
+        ("decode_tok_s", decode),
+        ("decode16_tok_s", decode16),
+        ("steered16_tok_s", steered16),
+        ("harvest_tok_s", harvested),
         ("read_gb_s", read),
+        ("decode_share_of_read", floors.bytes * decode / (1e9 * read)),
     ];
-    let floors = Floors::of(m);
-    let decode_share = floors.bytes * figures[1].1 / (1e9 * read);
-    figures.push(("decode_share_of_read", decode_share));
-    if let Some(gops) = gops {
-        figures.push(("int8_gops", gops));
-        for (name, at, operations) in [
-            ("prefill_share_of_int8", 0, floors.prompt),
-            ("decode16_share_of_int8", 2, floors.token),
-            ("harvest_share_of_int8", 4, floors.blocks),
-        ] {
-            figures.push((name, operations * figures[at].1 / (1e9 * gops)));
-        }
+    if let Some(gops) = limits::int8_gops(rounds.max(1)) {
+        let share = |operations: f64, rate: f64| operations * rate / (1e9 * gops);
+        figures.extend([
+            ("int8_gops", gops),
+            ("prefill_share_of_int8", share(floors.prompt, prefill)),
+            ("decode16_share_of_int8", share(floors.token, decode16)),
+            ("harvest_share_of_int8", share(floors.blocks, harvested)),
+        ]);
     }
     if let Some(n) = soak {
         let mut cache = m.new_cache();
@@ -216,7 +216,7 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
     if as_json {
         let mut object = json!({
             "model": model, "threads": threads, "isa": isa,
-            "peak_resident_bytes": resident::peak(),
+            "peak_resident_bytes": peak,
         });
         for (key, value) in figures {
             object[key] = json!(value);
@@ -227,7 +227,7 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
             let digits = if value < 10.0 { 3 } else { 1 };
             say(format_args!("{key:<24} {value:>9.digits$}"))?;
         }
-        if let Some(peak) = resident::peak() {
+        if let Some(peak) = peak {
             say(format_args!(
                 "peak_resident            {:>9.1} MB",
                 peak as f64 / 1e6
@@ -245,28 +245,28 @@ fn tokens_of(n: usize, d_vocab: u32) -> Vec<u32> {
 
 /// What has to be done at least, a token.
 struct Floors {
-    /// Bytes that decoding reads: packed weights and the cache at [`CONTEXT`].
+    /// Bytes that decoding reads: packed weights and the cache of the context.
     bytes: f64,
     /// Operations (two a multiply-add) of the blocks' products.
     blocks: f64,
     /// And of the head.
     token: f64,
-    /// And of the head for one of [`CONTEXT`] tokens.
+    /// And of the head for one token of a prompt as long as the context.
     prompt: f64,
 }
 
 impl Floors {
-    fn of(m: &Model) -> Self {
+    fn of(m: &Model, context: usize) -> Self {
         let (s, memory) = (m.spec(), m.memory());
         let (q, kv) = (s.n_heads * s.d_head, s.n_kv_heads * s.d_head);
         let block = s.d_model * (2 * q + 2 * kv + 3 * s.d_mlp);
         let blocks = 2.0 * (s.n_layers * block) as f64;
         let head = 2.0 * (s.d_model * s.d_vocab) as f64;
         Self {
-            bytes: (memory.weights + CONTEXT * memory.cache_per_token) as f64,
+            bytes: (memory.weights + context * memory.cache_per_token) as f64,
             blocks,
             token: blocks + head,
-            prompt: blocks + head / CONTEXT as f64,
+            prompt: blocks + head / context.max(1) as f64,
         }
     }
 }

@@ -8,36 +8,41 @@
 //! token is edited. As no row's numbers depend on how a prompt was cut, replies are as without sharing,
 //! bit for bit.
 
+use std::sync::Arc;
+
 use super::Request;
 use crate::decoder::KvCache;
-use crate::hooks::{InterventionState, Role};
+use crate::hooks::{Intervention, InterventionState, Role};
 
 /// Shorter beginnings are not worth a pass of their own.
 const SHORTEST: usize = 8;
 /// Beginnings that are kept.
 const KEPT: usize = 8;
 
-/// What has been done to a sequence's first tokens.
-type Plan = Option<[u8; 32]>;
+/// What is done to the rows of a sequence: nothing, or what a plan of this identity does.
+pub(super) type Plan = Option<[u8; 32]>;
 
-/// The plan of a request whose beginning may be shared.
-fn plan(request: &Request) -> Option<Plan> {
-    match request.hook.as_ref().filter(|h| !h.is_empty()) {
+/// The plan of a sequence whose beginning may be shared; `None` if it must come whole.
+pub(super) fn plan(hook: Option<&Arc<dyn Intervention>>) -> Option<Plan> {
+    match hook.filter(|h| !h.is_empty()) {
         None => Some(None),
         Some(hook) => hook.row_wise().then(|| Some(hook.fingerprint())),
     }
 }
 
-/// Tokens that both begin with, under the same plan; at least one token of each is left over.
-fn shared(a: &Request, b: &Request) -> usize {
-    match (plan(a), plan(b)) {
-        (Some(p), Some(q)) if p == q => {}
-        _ => return 0,
-    }
-    let of = |r: &Request| r.tokens.len().min(r.roles.len()).saturating_sub(1);
-    let most = of(a).min(of(b));
-    let same = |i: &usize| a.tokens[*i] == b.tokens[*i] && a.roles[*i] == b.roles[*i];
+/// How many tokens two prompts begin with in common, in the same roles; at least one of each is left over.
+pub(super) fn common(a: (&[u32], &[Role]), b: (&[u32], &[Role])) -> usize {
+    let most = a.0.len().min(b.0.len()).saturating_sub(1);
+    let same = |i: &usize| a.0[*i] == b.0[*i] && a.1.get(*i) == b.1.get(*i);
     (0..most).take_while(same).count()
+}
+
+/// Tokens that both begin with, under the same plan.
+fn shared(a: &Request, b: &Request) -> usize {
+    match (plan(a.hook.as_ref()), plan(b.hook.as_ref())) {
+        (Some(p), Some(q)) if p == q => common((&a.tokens, &a.roles), (&b.tokens, &b.roles)),
+        _ => 0,
+    }
 }
 
 /// Where `request` should stop for the sake of `others`: where most tokens are saved in all.
@@ -78,7 +83,7 @@ impl Prefixes {
         cache: &KvCache,
         state: Option<&dyn InterventionState>,
     ) {
-        let (Some(plan), n) = (plan(request), cache.len()) else {
+        let (Some(plan), n) = (plan(request.hook.as_ref()), cache.len()) else {
             return;
         };
         if self.0.len() == KEPT {
@@ -98,7 +103,7 @@ impl Prefixes {
         &mut self,
         request: &Request,
     ) -> Option<(KvCache, Option<Box<dyn InterventionState>>)> {
-        let plan = plan(request)?;
+        let plan = plan(request.hook.as_ref())?;
         let fits = |p: &Prefix| {
             p.plan == plan
                 && p.tokens.len() < request.tokens.len()

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use demur_kernels::ops::logsumexp;
 use serde_json::Value;
 
-use super::EngineConfig;
+use super::{EngineConfig, prefix};
 use crate::decoder::{KvCache, LogitsAt, Model, SeqInput, Workspace};
 use crate::error::ModelError;
 use crate::hooks::{Intervention, InterventionState, Role};
@@ -173,47 +173,36 @@ fn start(r: &ScoreRequest) -> Option<Box<dyn InterventionState>> {
 
 /// Whether rows may come in any pieces.
 fn row_wise(r: &ScoreRequest) -> bool {
-    r.hook.as_ref().is_none_or(|h| h.is_empty() || h.row_wise())
+    prefix::plan(r.hook.as_ref()).is_some()
 }
 
 /// The requests from `at` on that share a beginning, up to the end returned, and its length.
 fn alike(model: &Model, requests: &[ScoreRequest], at: usize) -> (usize, usize) {
     let first = &requests[at];
-    let same_plan = |r: &ScoreRequest| match (&first.hook, &r.hook) {
-        (None, None) => true,
-        (Some(a), Some(b)) => a.fingerprint() == b.fingerprint(),
-        _ => false,
+    let Some(plan) = prefix::plan(first.hook.as_ref()) else {
+        return (at + 1, 0);
     };
+    let same_plan = |r: &ScoreRequest| prefix::plan(r.hook.as_ref()) == Some(plan);
     // Which rotary frequencies a long sequence has depends on its length.
     let one_rope = |r: &ScoreRequest| {
         let original = model.spec().original_context();
         original.is_none_or(|original| longest(r) <= original)
     };
-    let (mut end, mut prefix) = (at + 1, first.context.len() - 1);
+    let (mut end, mut length) = (at + 1, first.context.len() - 1);
     for r in &requests[at + 1..] {
-        if !(row_wise(r) && same_plan(r) && one_rope(r) && one_rope(first)) {
+        if !(same_plan(r) && one_rope(r) && one_rope(first)) {
             break;
         }
-        let common = first
-            .context
-            .iter()
-            .zip(&r.context[..r.context.len() - 1])
-            .zip(first.roles.iter().zip(&r.roles))
-            .take_while(|((a, b), (x, y))| a == b && x == y)
-            .count()
-            .min(prefix);
+        let both = [first, r].map(|r| (&r.context[..], &r.roles[..]));
+        let common = prefix::common(both[0], both[1]).min(length);
         // The second sets the length; after it a beginning that shrinks much is another one.
-        if common < MIN_SHARED || (end > at + 1 && common * 4 < prefix * 3) {
+        if common < MIN_SHARED || (end > at + 1 && common * 4 < length * 3) {
             break;
         }
-        prefix = common;
+        length = common;
         end += 1;
     }
-    if end == at + 1 || !row_wise(first) {
-        (end, 0)
-    } else {
-        (end, prefix)
-    }
+    (end, if end == at + 1 { 0 } else { length })
 }
 
 /// Reads the first `prefix` tokens of `r` into `shared`.
