@@ -73,7 +73,8 @@ mod tests {
     use demur_features::stats::{mean, wilson};
 
     use super::*;
-    use crate::results::{Row, Settings};
+    use crate::folder::Settings;
+    use crate::results::Row;
 
     #[test]
     fn rows_for_others() {

@@ -55,6 +55,10 @@ impl Verdict {
 pub trait Judge: Send + Sync {
     /// Its name in results.
     fn name(&self) -> &str;
+    /// What decides its verdicts, for the hash of what was asked; its name, where that says all.
+    fn how(&self) -> String {
+        self.name().to_owned()
+    }
     /// What `reply` to `request` is.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! [`prompts`] are run under [`arms`], replies are sorted by the [`judge`], texts are priced by
 //! [`text`], and [`record`] keeps it all. Beside studies, [`suites`] of questions are asked by [`run`]
-//! and become figures in [`results`]. Views recompute nothing. Statistics are in
+//! and become figures in [`results`], with a [`folder`] for each run. Views recompute nothing. Statistics are in
 //! [`stats`], shared with discovery.
 #![forbid(unsafe_code)]
 
@@ -11,7 +11,9 @@ pub mod crescendo;
 mod error;
 pub mod export;
 pub mod files;
+pub mod folder;
 pub mod judge;
+pub mod leak;
 pub mod prompts;
 pub mod record;
 pub mod results;

@@ -19,48 +19,16 @@ use demur_features::stats::{
 use serde::{Deserialize, Serialize};
 
 use crate::error::EvalError;
-use crate::files::{resume, write_whole};
+use crate::files::write_whole;
+use crate::folder::Settings;
 use crate::judge::Verdict;
-use crate::prompts::Prompt;
 use crate::run::Answer;
-use crate::suites::{Ask, Item};
 
 /// Fewest items for a test.
 pub const MIN_N: usize = 30;
 /// Draws of a bootstrap, and their seed.
 const DRAWS: usize = 10_000;
 const SEED: u64 = 1;
-
-/// What a run was: equal for all of its shards.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// Version of demur.
-    pub demur: String,
-    /// The model's name and the hash of its files.
-    pub model: String,
-    /// Its sha256.
-    pub model_sha256: String,
-    /// How products are computed.
-    pub precision: String,
-    /// The suites and, for files of prompts, the file.
-    pub suites: Vec<String>,
-    /// Items of each suite at most; 0: all.
-    pub limit: usize,
-    /// The jailbreak wrapper, if one was used.
-    pub wrap: Option<String>,
-    /// The judges, the one that counts first.
-    pub judges: Vec<String>,
-    /// Longest reply in a conversation.
-    pub max_new_tokens: usize,
-    /// Seed of the sampling.
-    pub seed: u64,
-    /// The arms with the hashes of their plans.
-    pub arms: Vec<(String, Option<String>)>,
-    /// Items in all.
-    pub items: usize,
-    /// Hash of all items.
-    pub items_sha256: String,
-}
 
 /// A figure of an arm.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -329,8 +297,17 @@ fn not_swapped(base: &str, rows: &[Row]) -> Result<(), EvalError> {
     Ok(())
 }
 
-/// Pairs of base's and an arm's values of each suite and metric, with their clusters.
-type Pairs<'a> = BTreeMap<(&'a str, &'a str), (Vec<f64>, Vec<f64>, Vec<&'a str>)>;
+/// Base's and an arm's values of a suite and metric.
+#[derive(Default)]
+struct Paired<'a> {
+    items: usize,
+    base: Vec<f64>,
+    arm: Vec<f64>,
+    clusters: Vec<&'a str>,
+}
+
+/// By suite and metric.
+type Pairs<'a> = BTreeMap<(&'a str, &'a str), Paired<'a>>;
 
 fn pairs<'a>(base: &[&'a Answer], arm: &[&'a Answer]) -> Pairs<'a> {
     let mut pairs: Pairs<'_> = BTreeMap::new();
@@ -338,11 +315,12 @@ fn pairs<'a>(base: &[&'a Answer], arm: &[&'a Answer]) -> Pairs<'a> {
         for (metric, value) in &b.metrics {
             if let Some(other) = a.metrics.get(metric) {
                 let p = pairs.entry((&b.suite, metric)).or_default();
+                p.items += 1;
                 // Each check of a share weighs as much as any other.
                 for _ in 0..if is_share(metric) { b.checks } else { 1 } {
-                    p.0.push(*value);
-                    p.1.push(*other);
-                    p.2.push(&b.cluster);
+                    p.base.push(*value);
+                    p.arm.push(*other);
+                    p.clusters.push(&b.cluster);
                 }
             }
         }
@@ -353,10 +331,10 @@ fn pairs<'a>(base: &[&'a Answer], arm: &[&'a Answer]) -> Pairs<'a> {
 fn versus(base: &[&Answer], arms: &[Vec<&Answer>]) -> Vec<Versus> {
     let mut all = Vec::new();
     for arm in arms {
-        for ((suite, metric), (first, second, clusters)) in pairs(base, arm) {
-            let too_few = first.len() < MIN_N;
+        for ((suite, metric), paired) in pairs(base, arm) {
+            let too_few = paired.items < MIN_N;
             let count = |up: bool| {
-                let both = first.iter().zip(&second);
+                let both = paired.base.iter().zip(&paired.arm);
                 both.filter(|(a, b)| if up { b > a } else { a > b }).count()
             };
             let p = (is_rate(metric) && !too_few).then(|| mcnemar(count(true), count(false)));
@@ -364,7 +342,10 @@ fn versus(base: &[&Answer], arms: &[Vec<&Answer>]) -> Vec<Versus> {
                 arm: arm.first().map_or_else(String::new, |a| a.arm.clone()),
                 suite: suite.to_owned(),
                 metric: metric.to_owned(),
-                estimate: paired_bootstrap(&first, &second, &clusters, DRAWS, SEED),
+                estimate: Estimate {
+                    n: paired.items,
+                    ..paired_bootstrap(&paired.base, &paired.arm, &paired.clusters, DRAWS, SEED)
+                },
                 p,
                 too_few,
             });
@@ -449,146 +430,11 @@ fn agreement(judges: &[String], answers: &[Answer]) -> Vec<Agreement> {
     all
 }
 
-/// Refuses items that are also prompts on which a plan was tuned: the same text but for case, white
-/// space and the mark at its end.
-///
-/// # Errors
-/// [`EvalError::Leak`].
-pub fn not_leaked(items: &[Item], place: &str, tuned: &[Prompt]) -> Result<(), EvalError> {
-    let plain = |text: &str| {
-        let words: Vec<&str> = text.split_whitespace().collect();
-        let text = words.join(" ").to_lowercase();
-        text.trim_end_matches(['.', '!', '?', ' ']).to_owned()
-    };
-    let known: HashMap<String, &str> = tuned
-        .iter()
-        .map(|p| (plain(&p.prompt), p.id.as_str()))
-        .collect();
-    for item in items {
-        let asked = match &item.ask {
-            Ask::Chat { turns, .. } => turns.as_slice(),
-            Ask::Attack { goal } => std::slice::from_ref(goal),
-            _ => continue,
-        };
-        if let Some(other) = asked.iter().find_map(|t| known.get(&plain(t))) {
-            return Err(EvalError::Leak {
-                suite: item.suite.clone(),
-                id: item.id.clone(),
-                tuned: place.to_owned(),
-                other: (*other).to_owned(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Names of a run's files in its folder.
-pub const SETTINGS: &str = "settings.json";
-/// The results.
-pub const RESULTS: &str = "results.json";
-
-/// The log of a shard: `answers.jsonl`, or `answers.I-of-N.jsonl`.
-pub fn log_name(shard: Option<(usize, usize)>) -> String {
-    match shard {
-        None => "answers.jsonl".to_owned(),
-        Some((i, n)) => format!("answers.{i}-of-{n}.jsonl"),
-    }
-}
-
-/// Writes the settings of a run into its folder, or checks that those there are the same.
-///
-/// # Errors
-/// [`EvalError::OtherRun`] naming what differs; [`EvalError::Io`].
-pub fn settle(folder: &Path, settings: &Settings) -> Result<(), EvalError> {
-    let path = folder.join(SETTINGS);
-    if path.exists() {
-        return same(&path, &read_settings(&path)?, settings);
-    }
-    std::fs::create_dir_all(folder).map_err(|source| EvalError::Io {
-        path: folder.display().to_string(),
-        source,
-    })?;
-    let bytes = serde_json::to_vec_pretty(settings).map_err(|e| EvalError::Record {
-        path: path.display().to_string(),
-        reason: e.to_string(),
-    })?;
-    write_whole(&path, &bytes)
-}
-
-fn read_settings(path: &Path) -> Result<Settings, EvalError> {
-    let bytes = std::fs::read(path).map_err(|source| EvalError::Io {
-        path: path.display().to_string(),
-        source,
-    })?;
-    serde_json::from_slice(&bytes).map_err(|e| EvalError::Record {
-        path: path.display().to_string(),
-        reason: e.to_string(),
-    })
-}
-
-fn same(path: &Path, there: &Settings, here: &Settings) -> Result<(), EvalError> {
-    let value = |s: &Settings| serde_json::to_value(s).unwrap_or_default();
-    let (a, b) = (value(there), value(here));
-    for (key, old) in a.as_object().into_iter().flatten() {
-        if *old != b[key] {
-            return Err(EvalError::OtherRun {
-                path: path.display().to_string(),
-                key: key.clone(),
-                there: old.to_string(),
-                here: b[key].to_string(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// The results and answers of shards: of all logs in `folders`, which must be of one run.
-///
-/// # Errors
-/// [`EvalError::OtherRun`]; [`EvalError::Unpaired`] if an answer is missing; as [`Results::new`].
-pub fn merge(folders: &[impl AsRef<Path>]) -> Result<(Results, Vec<Answer>), EvalError> {
-    let mut settings: Option<Settings> = None;
-    let mut answers = Vec::new();
-    for folder in folders {
-        let folder = folder.as_ref();
-        let path = folder.join(SETTINGS);
-        let mine = read_settings(&path)?;
-        if let Some(first) = &settings {
-            same(&path, &mine, first)?;
-        }
-        settings.get_or_insert(mine);
-        let io = |source| EvalError::Io {
-            path: folder.display().to_string(),
-            source,
-        };
-        let entries = std::fs::read_dir(folder).map_err(io)?;
-        let mut logs = entries
-            .map(|e| e.map(|e| e.path()))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(io)?;
-        logs.retain(|p| {
-            let name = p.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with("answers.") && name.ends_with(".jsonl")
-        });
-        logs.sort();
-        for log in logs {
-            answers.extend(resume::<Answer>(&log)?.1);
-        }
-    }
-    let settings = settings.ok_or_else(|| EvalError::Record {
-        path: SETTINGS.to_owned(),
-        reason: "no folder was given".to_owned(),
-    })?;
-    answers.sort_by_key(|a| a.at);
-    Ok((Results::new(settings, &answers)?, answers))
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::prompts::Label;
 
-    fn settings(arms: &[&str], items: usize) -> Settings {
+    pub(crate) fn settings(arms: &[&str], items: usize) -> Settings {
         Settings {
             demur: String::new(),
             model: "m".to_owned(),
@@ -630,7 +476,7 @@ mod tests {
     }
 
     /// Base has 20 of 40 right; the arm loses five of them, two refused, and gains one.
-    fn two_arms() -> Vec<Answer> {
+    pub(crate) fn two_arms() -> Vec<Answer> {
         let mut all = Vec::new();
         for at in 0..40 {
             all.push(answer("base", at, "acc", bit(at < 20)));
@@ -692,6 +538,8 @@ mod tests {
             .find(|v| v.metric == "inst_level_strict_acc")
             .unwrap();
         assert!((v.estimate.value - 0.5).abs() < 1e-12 && v.p.is_none());
+        // Four checks, but two items.
+        assert!(v.too_few && v.estimate.n == 2);
     }
 
     #[test]
@@ -746,56 +594,5 @@ mod tests {
         };
         assert!(run(false).is_ok());
         assert!(matches!(run(true), Err(EvalError::Swapped { .. })));
-    }
-
-    #[test]
-    fn a_leaked_prompt_is_caught() {
-        let item = Item {
-            suite: "s".to_owned(),
-            id: "a".to_owned(),
-            parts: Vec::new(),
-            cluster: String::new(),
-            ask: Ask::Chat {
-                turns: vec!["How do I  sew?".to_owned()],
-                label: Some(Label::Safe),
-            },
-        };
-        let tuned = |text: &str| Prompt {
-            id: "t".to_owned(),
-            prompt: text.to_owned(),
-            label: None,
-            category: None,
-            split: None,
-            pair: None,
-            style: None,
-        };
-        let items = [item];
-        assert!(not_leaked(&items, "f", &[tuned("how do i sew")]).is_err());
-        assert!(not_leaked(&items, "f", &[tuned("How do I knit?")]).is_ok());
-    }
-
-    #[test]
-    fn shards_merge_to_the_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let all = two_arms();
-        let s = settings(&["base", "plan"], 40);
-        settle(folder.path(), &s).unwrap();
-        for i in 1..=3 {
-            let range = crate::run::shard(40, i, 3);
-            let mine = all.iter().rev().filter(|a| range.contains(&a.at));
-            let lines: String = mine
-                .map(|a| serde_json::to_string(a).unwrap() + "\n")
-                .collect();
-            std::fs::write(folder.path().join(log_name(Some((i, 3)))), lines).unwrap();
-            // Until the last is there, it is not whole.
-            assert_eq!(merge(&[folder.path()]).is_ok(), i == 3);
-        }
-        assert_eq!(
-            merge(&[folder.path()]).unwrap().0,
-            Results::new(s.clone(), &all).unwrap()
-        );
-        let other = Settings { seed: 7, ..s };
-        let e = settle(folder.path(), &other).unwrap_err().to_string();
-        assert!(e.contains("`seed`") && e.contains('7'), "{e}");
     }
 }

@@ -154,32 +154,10 @@ pub fn run(
     shard: std::ops::Range<usize>,
     log: &Path,
     on_start: impl FnOnce(usize),
-    mut on_done: impl FnMut(&Answer),
+    on_done: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>, EvalError> {
-    let (file, done) = resume::<Answer>(log)?;
-    let mut book = Book {
-        path: log,
-        file,
-        failed: None,
-        answers: HashMap::new(),
-    };
-    let asked: Vec<String> = items.iter().map(|i| asker.asked(i)).collect();
-    for answer in done {
-        let known = arms.iter().position(|a| a.name == answer.arm);
-        match (known, asked.get(answer.at)) {
-            (Some(arm), Some(hash)) if *hash == answer.asked => {
-                book.answers.insert((arm, answer.at), answer);
-            }
-            _ => {
-                return Err(EvalError::Unpaired {
-                    suite: answer.suite,
-                    id: answer.id,
-                    arm: answer.arm,
-                    reason: format!("was asked something else in {}", log.display()),
-                });
-            }
-        }
-    }
+    let asked = items.iter().map(|i| asker.asked(i)).collect();
+    let mut book = Book::open(arms, items, asked, log, on_done)?;
     on_start(book.answers.len());
     let (mut choosing, mut reading) = (Vec::new(), Vec::new());
     let (mut writing, mut attacking) = (Vec::new(), Vec::new());
@@ -196,10 +174,10 @@ pub fn run(
             }
         }
     }
-    asker.choose(arms, items, &asked, &choosing, &mut book, &mut on_done)?;
-    asker.read(arms, items, &asked, &mut reading, &mut book, &mut on_done)?;
-    asker.write(arms, items, &asked, &writing, &mut book, &mut on_done)?;
-    asker.attack(arms, items, &asked, &attacking, &mut book, &mut on_done)?;
+    asker.choose(&choosing, &mut book)?;
+    asker.read(&mut reading, &mut book)?;
+    asker.write(&writing, &mut book)?;
+    asker.attack(&attacking, &mut book)?;
     book.file.sync_all().map_err(|source| EvalError::Io {
         path: log.display().to_string(),
         source,
@@ -208,21 +186,86 @@ pub fn run(
     Ok(order.filter_map(|key| book.answers.remove(&key)).collect())
 }
 
-/// The log, and what is in it by arm and item.
-struct Book<'p> {
-    path: &'p Path,
+/// What is asked of whom, the log, and what is in it by arm and item.
+struct Book<'r, D> {
+    arms: &'r [Arm],
+    items: &'r [Item],
+    /// Hashes of what is asked, as many as items.
+    asked: Vec<String>,
+    path: &'r Path,
     file: std::fs::File,
     failed: Option<std::io::Error>,
     answers: HashMap<(usize, usize), Answer>,
+    on_done: D,
 }
 
-impl Book<'_> {
+impl<'r, D: FnMut(&Answer)> Book<'r, D> {
+    /// Reads the log, whose answers must be to what is asked now.
+    fn open(
+        arms: &'r [Arm],
+        items: &'r [Item],
+        asked: Vec<String>,
+        path: &'r Path,
+        on_done: D,
+    ) -> Result<Self, EvalError> {
+        let (file, done) = resume::<Answer>(path)?;
+        let mut answers = HashMap::new();
+        for answer in done {
+            let known = arms.iter().position(|a| a.name == answer.arm);
+            match (known, asked.get(answer.at)) {
+                (Some(arm), Some(hash)) if *hash == answer.asked => {
+                    answers.insert((arm, answer.at), answer);
+                }
+                _ => {
+                    return Err(EvalError::Unpaired {
+                        suite: answer.suite,
+                        id: answer.id,
+                        arm: answer.arm,
+                        reason: format!("was asked something else in {}", path.display()),
+                    });
+                }
+            }
+        }
+        Ok(Self {
+            arms,
+            items,
+            asked,
+            path,
+            file,
+            failed: None,
+            answers,
+            on_done,
+        })
+    }
+
+    /// An answer without anything in it.
+    fn blank(&self, arm: usize, at: usize) -> Answer {
+        let item = &self.items[at];
+        Answer {
+            at,
+            suite: item.suite.clone(),
+            id: item.id.clone(),
+            arm: self.arms[arm].name.clone(),
+            asked: self.asked[at].clone(),
+            parts: item.parts.clone(),
+            cluster: item.cluster.clone(),
+            metrics: BTreeMap::new(),
+            checks: 1,
+            logprobs: Vec::new(),
+            choice: None,
+            text: None,
+            transcript: Vec::new(),
+            refused: None,
+        }
+    }
+
     fn enter(&mut self, arm: usize, answer: Answer) {
         let line = serde_json::to_string(&answer).unwrap_or_default() + "\n";
         // After a line that could not be written no other may follow: it would be torn, and not last.
         if self.failed.is_none() {
             self.failed = self.file.write_all(line.as_bytes()).err();
         }
+        (self.on_done)(&answer);
         self.answers.insert((arm, answer.at), answer);
     }
 
@@ -251,12 +294,12 @@ impl Asker<'_> {
                 ..
             } => format!("{:?}", (prompt, until, max_new_tokens, &self.sampling)),
             Ask::Chat { turns, .. } => {
-                let judges: Vec<&str> = self.judges.iter().map(|j| j.name()).collect();
+                let judges: Vec<String> = self.judges.iter().map(|j| j.how()).collect();
                 format!("{:?}", (turns, self.max_new_tokens, &self.sampling, judges))
             }
             Ask::Read { text } => format!("{text:?}"),
             Ask::Attack { goal } => {
-                let judges: Vec<&str> = self.judges.iter().map(|j| j.name()).collect();
+                let judges: Vec<String> = self.judges.iter().map(|j| j.how()).collect();
                 let how = self.crescendo.as_ref().map(Crescendo::how);
                 let limits = (self.max_new_tokens, &self.sampling);
                 format!("{:?}", (goal, how, limits, judges))
@@ -276,13 +319,10 @@ impl Asker<'_> {
 
     fn choose(
         &self,
-        arms: &[Arm],
-        items: &[Item],
-        asked: &[String],
         todo: &[(usize, usize)],
-        book: &mut Book<'_>,
-        on_done: &mut impl FnMut(&Answer),
+        book: &mut Book<'_, impl FnMut(&Answer)>,
     ) -> Result<(), EvalError> {
+        let (arms, items) = (book.arms, book.items);
         let mut requests = Vec::with_capacity(todo.len());
         for &(arm, at) in todo {
             let Ask::Choose {
@@ -314,11 +354,10 @@ impl Asker<'_> {
                 return;
             };
             let logprobs: Vec<f64> = scored.scores.iter().map(|s| s.logprob).collect();
-            let mut answer = blank(&items[at], at, &arms[arm], &asked[at]);
+            let mut answer = book.blank(arm, at);
             answer.metrics = marks(*gold, choices, &logprobs);
             answer.choice = Some(largest(&logprobs));
             answer.logprobs = logprobs;
-            on_done(&answer);
             book.enter(arm, answer);
         })?;
         book.check()
@@ -327,13 +366,10 @@ impl Asker<'_> {
     /// Reads texts: base's logits of one are kept while all arms read it.
     fn read(
         &self,
-        arms: &[Arm],
-        items: &[Item],
-        asked: &[String],
         todo: &mut [(usize, usize)],
-        book: &mut Book<'_>,
-        on_done: &mut impl FnMut(&Answer),
+        book: &mut Book<'_, impl FnMut(&Answer)>,
     ) -> Result<(), EvalError> {
+        let (arms, items) = (book.arms, book.items);
         todo.sort_by_key(|(arm, at)| (*at, *arm));
         let mut workspace = Workspace::default();
         let mut base: (Option<usize>, Vec<f32>) = (None, Vec::new());
@@ -358,12 +394,11 @@ impl Asker<'_> {
                     text::score(&tokens, &base.1, &mine, d_vocab)
                 }
             };
-            let mut answer = blank(&items[at], at, &arms[arm], &asked[at]);
+            let mut answer = book.blank(arm, at);
             for (metric, sum) in [("kl", s.kl), ("nll", s.nll)] {
                 let mean = sum / s.n.max(1) as f64;
                 answer.metrics.insert(metric.to_owned(), mean);
             }
-            on_done(&answer);
             book.enter(arm, answer);
             book.check()?;
         }
@@ -373,13 +408,10 @@ impl Asker<'_> {
     /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine.
     fn attack(
         &self,
-        arms: &[Arm],
-        items: &[Item],
-        asked: &[String],
         todo: &[(usize, usize)],
-        book: &mut Book<'_>,
-        on_done: &mut impl FnMut(&Answer),
+        book: &mut Book<'_, impl FnMut(&Answer)>,
     ) -> Result<(), EvalError> {
+        let (arms, items) = (book.arms, book.items);
         let Some(&(_, first)) = todo.first() else {
             return Ok(());
         };
@@ -408,11 +440,10 @@ impl Asker<'_> {
                         left.push((arm, at, attack));
                         continue;
                     }
-                    let mut answer = blank(&items[at], at, &arms[arm], &asked[at]);
+                    let mut answer = book.blank(arm, at);
                     let value = f64::from(u8::from(attack.succeeded()));
                     answer.metrics.insert("attack_success".to_owned(), value);
                     answer.transcript = attack.transcript;
-                    on_done(&answer);
                     book.enter(arm, answer);
                     book.check()?;
                 }
@@ -424,17 +455,14 @@ impl Asker<'_> {
 
     fn write(
         &self,
-        arms: &[Arm],
-        items: &[Item],
-        asked: &[String],
         todo: &[(usize, usize)],
-        book: &mut Book<'_>,
-        on_done: &mut impl FnMut(&Answer),
+        book: &mut Book<'_, impl FnMut(&Answer)>,
     ) -> Result<(), EvalError> {
+        let (arms, items) = (book.arms, book.items);
         let mut engine = Engine::new(self.model, self.tokenizer, self.config);
         let mut open: HashMap<RequestId, (usize, Answer)> = HashMap::new();
         for &(arm, at) in todo {
-            let answer = blank(&items[at], at, &arms[arm], &asked[at]);
+            let answer = book.blank(arm, at);
             let id = engine.submit(self.request(&items[at], &arms[arm], &answer.transcript)?)?;
             open.insert(id, (arm, answer));
         }
@@ -467,7 +495,6 @@ impl Asker<'_> {
                     }
                     Ask::Choose { .. } | Ask::Read { .. } | Ask::Attack { .. } => {}
                 }
-                on_done(&answer);
                 book.enter(arm, answer);
                 book.check()?;
             }
@@ -552,25 +579,6 @@ impl Asker<'_> {
             None => put("refusal", verdict == Verdict::Refusal),
         }
         answer.refused = Some(verdict == Verdict::Refusal);
-    }
-}
-
-fn blank(item: &Item, at: usize, arm: &Arm, asked: &str) -> Answer {
-    Answer {
-        at,
-        suite: item.suite.clone(),
-        id: item.id.clone(),
-        arm: arm.name.clone(),
-        asked: asked.to_owned(),
-        parts: item.parts.clone(),
-        cluster: item.cluster.clone(),
-        metrics: BTreeMap::new(),
-        checks: 1,
-        logprobs: Vec::new(),
-        choice: None,
-        text: None,
-        transcript: Vec::new(),
-        refused: None,
     }
 }
 

@@ -10,9 +10,11 @@ use anyhow::{Context, Result, bail};
 use demur_eval::crescendo::Crescendo;
 use demur_eval::export;
 use demur_eval::files::write_whole;
+use demur_eval::folder::{self, RESULTS, Settings};
 use demur_eval::judge::{self, Judge, Prompted, Verdict};
+use demur_eval::leak::not_leaked;
 use demur_eval::prompts::{self, Label, Split};
-use demur_eval::results::{self, Results, Settings};
+use demur_eval::results::Results;
 use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block};
 use demur_eval::stats::{kappa, wilson};
 use demur_eval::suites::{Ask, Item, SUITES, safety, suite};
@@ -28,6 +30,7 @@ use crate::catalogue::DEFAULT_MODEL;
 use crate::cmd::chat::steering;
 use crate::cmd::plan;
 use crate::exit::{self, Usage};
+use crate::fetch::hex;
 use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
 use crate::report::evaluation;
@@ -316,8 +319,8 @@ pub fn run(args: Args) -> Result<()> {
         Some(Action::List { data }) => list(&data),
         Some(Action::Refusal(r)) => refusal(&r),
         Some(Action::Merge { folders, json }) => {
-            let (results, answers) = results::merge(&folders)?;
-            let path = folders[0].join(results::RESULTS);
+            let (results, answers) = folder::merge(&folders)?;
+            let path = folders[0].join(RESULTS);
             write(&results, &answers, &folders[0])?;
             show(&results, &path, json)
         }
@@ -446,16 +449,16 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         seed: how.seed,
         arms: hashes,
         items: items.len(),
-        items_sha256: sha256(format!("{items:?} {}", how.temperature).as_bytes()),
+        items_sha256: hex(&Sha256::digest(format!("{items:?} {}", how.temperature))),
     };
     let folder = match &how.out {
         Some(folder) => folder.clone(),
         None => {
-            let hash = sha256(&serde_json::to_vec(&settings)?);
+            let hash = hex(&Sha256::digest(serde_json::to_vec(&settings)?));
             Path::new("runs/eval").join(&hash[..12])
         }
     };
-    results::settle(&folder, &settings)?;
+    folder::settle(&folder, &settings)?;
     let range = match how.shard {
         None => 0..items.len(),
         Some((i, n)) => block(items.len(), i, n),
@@ -478,7 +481,7 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         crescendo,
     };
     let bar = Progress::new("eval", "answers", (range.len() * arms.len()) as u64);
-    let log = folder.join(results::log_name(how.shard));
+    let log = folder.join(folder::log_name(how.shard));
     let (known, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
     let answers = run_items(&asker, &arms, &items, range, &log, known, done)?;
     bar.finish();
@@ -491,12 +494,12 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
     }
     let results = Results::new(settings, &answers)?;
     write(&results, &answers, &folder)?;
-    show(&results, &folder.join(results::RESULTS), how.json)
+    show(&results, &folder.join(RESULTS), how.json)
 }
 
 /// Writes the results, and beside them the page and what other programs read.
 fn write(results: &Results, answers: &[Answer], folder: &Path) -> Result<()> {
-    results.write(&folder.join(results::RESULTS))?;
+    results.write(&folder.join(RESULTS))?;
     write_whole(&folder.join("results.csv"), export::csv(results).as_bytes())?;
     let page = evaluation::render(results, answers);
     write_whole(&folder.join("report.html"), page.as_bytes())?;
@@ -515,20 +518,13 @@ fn no_leak(how: &How, items: &[Item]) -> Result<()> {
         shipped.extend(prompts::shipped_styled()?);
         shipped.extend(prompts::shipped_instructions()?);
         shipped.retain(|p| matches!(p.split, Some(Split::Discovery | Split::Validation)));
-        results::not_leaked(items, "the shipped prompts", &shipped)?;
+        not_leaked(items, "the shipped prompts", &shipped)?;
     }
     for file in &how.tuned_on {
         let tuned = prompts::read(file)?;
-        results::not_leaked(items, &file.display().to_string(), &tuned)?;
+        not_leaked(items, &file.display().to_string(), &tuned)?;
     }
     Ok(())
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
 }
 
 fn show(results: &Results, path: &Path, as_json: bool) -> Result<()> {

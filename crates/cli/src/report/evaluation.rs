@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use demur_eval::judge::Verdict;
 use demur_eval::results::{Results, Row};
 use demur_eval::run::{Answer, Turn};
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{DOCTYPE, Markup, html};
 
 use super::format::{DASH, change, clip, figure, p_value, px, rate};
-use super::page::{STYLE, policy};
+use super::page::head;
 
 /// Entries of a list on the page; the rest is in the log.
 const LISTED: usize = 200;
@@ -22,14 +22,7 @@ pub fn render(results: &Results, answers: &[Answer]) -> String {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta http-equiv="Content-Security-Policy" content=(policy());
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                meta name="color-scheme" content="light dark";
-                title { (results.settings.suites.join(", ")) " · demur" }
-                style { (PreEscaped(STYLE)) }
-            }
+            (head(&results.settings.suites.join(", "), &results.settings.demur))
             body {
                 main {
                     section {
@@ -375,7 +368,7 @@ fn disagreements(answers: &[Answer]) -> Markup {
 
 #[cfg(test)]
 mod tests {
-    use demur_eval::results::Settings;
+    use demur_eval::folder::Settings;
     use demur_eval::stats::wilson;
 
     use super::*;

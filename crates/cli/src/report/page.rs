@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{View, arms, categories, features, gate, hero, method, replies, sae, sweep};
 
-pub(super) const STYLE: &str = include_str!("style.css");
+const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
 const CONTENTS: [(&str, &str); 9] = [
@@ -21,20 +21,27 @@ const CONTENTS: [(&str, &str); 9] = [
     ("method", "Method"),
 ];
 
+/// The head of a page with this title, made by this version.
+pub fn head(title: &str, version: &str) -> Markup {
+    html! {
+        head {
+            meta charset="utf-8";
+            meta http-equiv="Content-Security-Policy" content=(policy());
+            meta name="viewport" content="width=device-width, initial-scale=1";
+            meta name="color-scheme" content="light dark";
+            meta name="generator" content=(format!("demur {version}"));
+            title { (title) " · demur" }
+            style { (PreEscaped(STYLE)) }
+        }
+    }
+}
+
 pub fn page(view: &View<'_>) -> Result<Markup> {
     let r = view.record;
     Ok(html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta http-equiv="Content-Security-Policy" content=(policy());
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                meta name="color-scheme" content="light dark";
-                meta name="generator" content=(format!("demur {}", r.versions.demur));
-                title { (r.study) " · demur" }
-                style { (PreEscaped(STYLE)) }
-            }
+            (head(&r.study, &r.versions.demur))
             body {
                 nav aria-label="Contents" {
                     a class="brand" href="#verdict" { "demur" }
@@ -69,7 +76,7 @@ pub fn page(view: &View<'_>) -> Result<Markup> {
 }
 
 /// The page fetches nothing and runs one script, known by its hash.
-pub(super) fn policy() -> String {
+fn policy() -> String {
     format!(
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
         base64(&Sha256::digest(SCRIPT.as_bytes()))

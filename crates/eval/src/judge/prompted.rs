@@ -38,6 +38,10 @@ impl Judge for Prompted<'_> {
         self.talker.name()
     }
 
+    fn how(&self) -> String {
+        format!("{:?}", (self.name(), &self.prompt))
+    }
+
     fn verdict(&self, request: &str, reply: &str) -> Result<Verdict, TalkError> {
         // The reply is put in last: a mark that it holds stays text.
         let (before, after) = self
@@ -105,6 +109,11 @@ mod tests {
         assert_eq!(judge.verdict("Q", "{request}").unwrap(), Verdict::Refusal);
         let e = judge.verdict("Q", "A").unwrap_err();
         assert!(matches!(e, TalkError::Reply { .. }), "{e}");
+        // Another prompt is another judge, though its name is the model's.
+        let remote = Arc::new(Remote::new(&base, "m", None, 8, 20));
+        let other = Prompted::new(remote, None);
+        assert_eq!(other.name(), judge.name());
+        assert_ne!(other.how(), judge.how());
         let asked = asked.join().unwrap();
         assert_eq!(asked[0]["messages"][0]["content"], "Q / {request} / Q");
     }

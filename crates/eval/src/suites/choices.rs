@@ -206,12 +206,10 @@ pub fn arc(suite: &str, path: &Path) -> Result<Vec<Item>, EvalError> {
     let one = |(i, row): (usize, &Row)| {
         let (question, choices, index) = arc_row(row)?;
         let id = row.label(&["id"]).unwrap_or_else(|| i.to_string());
-        Ok(Item {
-            suite: suite.to_owned(),
-            cluster: id.clone(),
+        Ok(Item::alone(
+            suite,
             id,
-            parts: Vec::new(),
-            ask: Ask::Choose {
+            Ask::Choose {
                 context: format!("Question: {question}\nAnswer:"),
                 choices,
                 gold: Gold::One {
@@ -220,7 +218,7 @@ pub fn arc(suite: &str, path: &Path) -> Result<Vec<Item>, EvalError> {
                     norm: true,
                 },
             },
-        })
+        ))
     };
     read(path)?.iter().enumerate().map(one).collect()
 }
@@ -338,17 +336,15 @@ pub fn truthfulqa(path: &Path, primed: &Path, second: bool) -> Result<Vec<Item>,
         };
         let id = row.label(&["id"]).unwrap_or_else(|| i.to_string());
         let question = row.text(&["question", "prompt"])?;
-        Ok(Item {
-            suite: suite.to_owned(),
-            cluster: id.clone(),
+        Ok(Item::alone(
+            suite,
             id,
-            parts: Vec::new(),
-            ask: Ask::Choose {
+            Ask::Choose {
                 context: format!("{before}\n\nQ: {question}\nA:"),
                 choices,
                 gold,
             },
-        })
+        ))
     };
     read(path)?.iter().enumerate().map(one).collect()
 }

@@ -93,12 +93,10 @@ fn item(suite: &str, at: usize, row: &Row, before: &str, words: bool) -> Result<
     } else {
         format!("{before}Question: {asked}\nAnswer:")
     };
-    Ok(Item {
-        suite: suite.to_owned(),
-        cluster: id.clone(),
+    Ok(Item::alone(
+        suite,
         id,
-        parts: Vec::new(),
-        ask: Ask::Write {
+        Ask::Write {
             prompt,
             until: vec![if words { "Q:" } else { "Question:" }, "</s>", "<|im_end|>"],
             max_new_tokens: MAX_NEW_TOKENS,
@@ -111,7 +109,7 @@ fn item(suite: &str, at: usize, row: &Row, before: &str, words: bool) -> Result<
                 words,
             }),
         },
-    })
+    ))
 }
 
 fn enough(suite: &str, train: &[Row], need: usize) -> Result<(), EvalError> {

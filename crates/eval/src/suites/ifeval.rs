@@ -434,18 +434,16 @@ pub fn ifeval(path: &Path) -> Result<Vec<Item>, EvalError> {
             all.push(Instruction::new(id, row, object)?);
         }
         let id = row.label(&["id", "key"]).unwrap_or_else(|| at.to_string());
-        Ok(Item {
-            suite: "ifeval".to_owned(),
-            cluster: id.clone(),
+        Ok(Item::alone(
+            "ifeval",
             id,
-            parts: Vec::new(),
-            ask: Ask::Write {
+            Ask::Write {
                 prompt: row.text(&["prompt"])?.to_owned(),
                 until: Vec::new(),
                 max_new_tokens: MAX_NEW_TOKENS,
                 marking: Marking::Instructions(Instructions(all)),
             },
-        })
+        ))
     };
     read(path)?.iter().enumerate().map(one).collect()
 }

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::error::EvalError;
-use crate::prompts::{Label, Split, shipped_passages};
+use crate::prompts::{Label, Passage, Split, shipped_passages};
 
 /// One question.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +40,19 @@ pub struct Item {
     pub cluster: String,
     /// What is asked.
     pub ask: Ask,
+}
+
+impl Item {
+    /// An item that counts for its suite only and is drawn by itself.
+    fn alone(suite: &str, id: String, ask: Ask) -> Self {
+        Self {
+            suite: suite.to_owned(),
+            cluster: id.clone(),
+            id,
+            parts: Vec::new(),
+            ask,
+        }
+    }
 }
 
 /// What is asked of the model.
@@ -388,13 +401,7 @@ impl Suite {
 fn text() -> Result<Vec<Item>, EvalError> {
     let passages = shipped_passages()?.into_iter();
     let test = passages.filter(|p| p.split == Some(Split::Test));
-    let item = |p: crate::prompts::Passage| Item {
-        suite: "text".to_owned(),
-        cluster: p.id.clone(),
-        id: p.id,
-        parts: Vec::new(),
-        ask: Ask::Read { text: p.text },
-    };
+    let item = |p: Passage| Item::alone("text", p.id, Ask::Read { text: p.text });
     Ok(test.map(item).collect())
 }
 

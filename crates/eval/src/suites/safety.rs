@@ -150,13 +150,7 @@ pub fn scripted(suite: &str, path: &Path) -> Result<Vec<Item>, EvalError> {
             .transpose()?;
         // A conversation with a harmful goal is one that should be refused in the end.
         let label = said.or(row.label(&["objective"]).map(|_| Label::Unsafe));
-        Ok(Item {
-            suite: suite.to_owned(),
-            cluster: id.clone(),
-            id,
-            parts: Vec::new(),
-            ask: Ask::Chat { turns, label },
-        })
+        Ok(Item::alone(suite, id, Ask::Chat { turns, label }))
     };
     rows.iter().enumerate().map(one).collect()
 }
