@@ -4,6 +4,7 @@
 //! stops at the site, so later layers and the output head cost nothing. Rows are handed over a
 //! sequence at a time, in the order of the input, and are not kept.
 
+use demur_kernels::linear::Products;
 use demur_model::decoder::{Capture, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::{Role, Site};
 
@@ -64,6 +65,7 @@ pub fn harvest(
         let mut capture = Capture {
             sites: vec![site],
             stop_after_last: true,
+            products: Products::Bf16,
             rows: Vec::new(),
         };
         model.forward(&mut inputs, Some(&mut capture), &mut workspace)?;

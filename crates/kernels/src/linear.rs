@@ -173,7 +173,7 @@ impl Linear {
     /// If a slice has another length.
     pub fn forward(&self, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
         let linear = self;
-        forward_all(x, n, [Output { linear, bias, y }]);
+        forward_all(x, n, Products::Int8, [Output { linear, bias, y }]);
     }
 
     /// Bytes of a weight of a type that is not packed.
@@ -185,9 +185,9 @@ impl Linear {
     }
 
     /// Tasks for `n` rows: each should be worth some ten microseconds.
-    fn cut(&self, n: usize) -> Cut {
+    fn cut(&self, n: usize, products: Products) -> Cut {
         if let Weights::Packed(p) = &self.weights {
-            return p.cut(n, 1);
+            return p.cut(n, 1, products);
         }
         let pairs = self.out_features.div_ceil(2);
         // With many rows a task's weights are read again for each tile of them: from the L2 cache.
@@ -283,6 +283,19 @@ impl Linear {
     }
 }
 
+/// What a product with packed weights multiplies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Products {
+    /// Integers: activations are rounded to int8. A row's result is the same whatever rows are beside it,
+    /// and on every processor with fused multiply-adds.
+    #[default]
+    Int8,
+    /// bf16, both the dequantised weights and the activations, where the processor has AMX, which does many
+    /// rows far faster so; as [`Products::Int8`] elsewhere. A row's result is the same whatever rows are
+    /// beside it.
+    Bf16,
+}
+
 /// One of the layers that read the same input, with its bias and where its output goes.
 #[derive(Debug)]
 pub struct Output<'a> {
@@ -310,7 +323,12 @@ struct Input<'a> {
 ///
 /// # Panics
 /// If a slice has another length.
-pub fn forward_all<const N: usize>(x: &[f32], n: usize, outputs: [Output<'_>; N]) {
+pub fn forward_all<const N: usize>(
+    x: &[f32],
+    n: usize,
+    products: Products,
+    outputs: [Output<'_>; N],
+) {
     for o in &outputs {
         assert_eq!(x.len(), n * o.linear.in_features, "x is [n, in_features]");
         assert_eq!(
@@ -325,17 +343,22 @@ pub fn forward_all<const N: usize>(x: &[f32], n: usize, outputs: [Output<'_>; N]
         return;
     }
     let packed = outputs.iter().any(|o| o.linear.packed().is_some());
-    with_rounded(packed.then_some(x), x.len() / n, |rounded| {
+    with_rounded(packed.then_some(x), x.len() / n, products, |rounded| {
         run(Input { x, n, rounded }, outputs);
     });
 }
 
-/// Calls `f` with `x` rounded to int8, in memory that is kept from call to call: fresh pages would cost as
+/// Calls `f` with `x` rounded, in memory that is kept from call to call: fresh pages would cost as
 /// much as the rounding.
-pub(crate) fn with_rounded(x: Option<&[f32]>, columns: usize, f: impl FnOnce(&Activations)) {
+pub(crate) fn with_rounded(
+    x: Option<&[f32]>,
+    columns: usize,
+    products: Products,
+    f: impl FnOnce(&Activations),
+) {
     let mut rounded = ACTIVATIONS.take();
     if let Some(x) = x {
-        rounded.round(x, columns);
+        rounded.round(x, columns, products);
     }
     f(&rounded);
     ACTIVATIONS.set(rounded);
@@ -349,7 +372,7 @@ pub(crate) fn forward_rounded(rounded: &Activations, n: usize, output: Output<'_
 fn run<const N: usize>(input: Input<'_>, outputs: [Output<'_>; N]) {
     let mut tasks = 0;
     let layers = outputs.map(|o| {
-        let cut = o.linear.cut(input.n);
+        let cut = o.linear.cut(input.n, input.rounded.products());
         tasks += cut.tasks();
         (o.linear, o.bias, Shared::new(o.y), cut)
     });

@@ -1,9 +1,9 @@
 //! The gated MLP of a decoder, `y = W_down (act(W_gate x) * W_up x)`.
 //!
-//! With packed weights the hidden activations exist only as the int8 blocks that the last product reads;
+//! With packed weights the hidden activations exist only as the rounded blocks that the last product reads;
 //! otherwise they are f32. The numbers are those of the three products one after the other, bit for bit.
 
-use crate::linear::{Linear, Output, forward_all, forward_rounded, with_rounded};
+use crate::linear::{Linear, Output, Products, forward_all, forward_rounded, with_rounded};
 use crate::ops::{self, Activation};
 use crate::packed::{Activations, BLOCK, Gated};
 
@@ -21,6 +21,8 @@ pub struct GatedMlp<'a> {
     pub down: Biased<'a>,
     /// Applied to the gate.
     pub activation: Activation,
+    /// Of packed weights.
+    pub products: Products,
 }
 
 /// Hidden activations, kept from call to call.
@@ -52,6 +54,7 @@ impl GatedMlp<'_> {
             up: (up, up_bias),
             down: (down, bias),
             activation,
+            products,
         } = *self;
         let d_mlp = down.in_features();
         let output = Output {
@@ -75,7 +78,7 @@ impl GatedMlp<'_> {
                 up: (up, up_bias),
                 activation,
             };
-            with_rounded(Some(x), x.len() / n, |x| {
+            with_rounded(Some(x), x.len() / n, products, |x| {
                 gated.forward(x, n, &mut hidden.rounded);
             });
             return forward_rounded(&hidden.rounded, n, output);
@@ -87,9 +90,9 @@ impl GatedMlp<'_> {
             (up, up_bias, &mut hidden.up),
         ];
         let both = both.map(|(linear, bias, y)| Output { linear, bias, y });
-        forward_all(x, n, both);
+        forward_all(x, n, products, both);
         ops::gated(activation, &mut hidden.gate, &hidden.up);
-        forward_all(&hidden.gate, n, [output]);
+        forward_all(&hidden.gate, n, products, [output]);
     }
 }
 
@@ -132,23 +135,29 @@ mod tests {
                 (33, Activation::Silu, Some(&bias[..])),
                 (150, Activation::GeluTanh, None),
             ] {
-                let x = noise(n * d, 5);
-                let (mut g, mut u) = (vec![0.0; n * d_mlp], vec![0.0; n * d_mlp]);
-                gate.forward(&x, n, bias, &mut g);
-                up.forward(&x, n, None, &mut u);
-                ops::gated(activation, &mut g, &u);
-                let mut expected = vec![0.0; n * d];
-                down.forward(&g, n, None, &mut expected);
-                let mlp = GatedMlp {
-                    gate: (&gate, bias),
-                    up: (&up, None),
-                    down: (&down, None),
-                    activation,
-                };
-                let mut y = vec![f32::NAN; n * d];
-                mlp.forward(&x, n, &mut Hidden::default(), &mut y);
-                assert_eq!(y, expected, "{isa:?} n {n}");
-                assert!(y.iter().any(|v| *v != 0.0));
+                for products in [Products::Int8, Products::Bf16] {
+                    let x = noise(n * d, 5);
+                    let run = |linear, x: &[f32], bias, y: &mut [f32]| {
+                        forward_all(x, n, products, [Output { linear, bias, y }]);
+                    };
+                    let (mut g, mut u) = (vec![0.0; n * d_mlp], vec![0.0; n * d_mlp]);
+                    run(&gate, &x, bias, &mut g);
+                    run(&up, &x, None, &mut u);
+                    ops::gated(activation, &mut g, &u);
+                    let mut expected = vec![0.0; n * d];
+                    run(&down, &g, None, &mut expected);
+                    let mlp = GatedMlp {
+                        gate: (&gate, bias),
+                        up: (&up, None),
+                        down: (&down, None),
+                        activation,
+                        products,
+                    };
+                    let mut y = vec![f32::NAN; n * d];
+                    mlp.forward(&x, n, &mut Hidden::default(), &mut y);
+                    assert_eq!(y, expected, "{isa:?} {products:?} n {n}");
+                    assert!(y.iter().any(|v| *v != 0.0));
+                }
             }
         });
     }

@@ -26,14 +26,14 @@ static CONFIG: Config = Config {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// Sets this thread's tiles up. Call it where `dispatch` said AMX, before [`block`].
-pub(super) fn configure() {
+/// Sets this thread's tiles up. Call it where `dispatch` said AMX, before a product.
+pub(crate) fn configure() {
     // SAFETY: `dispatch` found AMX and the system's permission; the configuration is valid.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) }
 }
 
 /// Gives the tiles back, so that the system need not save them.
-pub(super) fn release() {
+pub(crate) fn release() {
     // SAFETY: as for `configure`.
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
@@ -53,45 +53,70 @@ pub(super) fn block(x: &[Tile], tiles: &[Tile], depth: usize, sums: &mut [f32]) 
     assert!(tiles.len() / depth * LATENTS <= GROUP && sums.len() >= ROWS * GROUP);
     for (at, pair) in tiles.chunks_exact(2 * depth).enumerate() {
         let sums = &mut sums[at * 2 * LATENTS..];
-        // SAFETY: `configure` ran on this thread. `x` and `pair` are twice `depth` tiles; two by two
-        // tiles of sums end in the last of ROWS rows, before `latents`.
+        let (x, w) = ([&x[..depth], &x[depth..]], [&pair[..depth], &pair[depth..]]);
+        // SAFETY: `configure` ran on this thread; two by two tiles of sums end in the last of ROWS rows,
+        // before `latents`.
         unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm4, [{x0} + {line}*1]",
-                "tileloadd tmm6, [{w0} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w1} + {line}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x1} + {line}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {x0}, 1024",
-                "add {x1}, 1024",
-                "add {w0}, 1024",
-                "add {w1}, 1024",
-                "dec {depth}",
-                "jnz 2b",
-                "tilestored [{s0} + {row}*1], tmm0",
-                "tilestored [{s0} + {row}*1 + 64], tmm1",
-                "tilestored [{s1} + {row}*1], tmm2",
-                "tilestored [{s1} + {row}*1 + 64], tmm3",
-                x0 = inout(reg) x.as_ptr() => _,
-                x1 = inout(reg) x.as_ptr().add(depth) => _,
-                w0 = inout(reg) pair.as_ptr() => _,
-                w1 = inout(reg) pair.as_ptr().add(depth) => _,
-                s0 = in(reg) sums.as_mut_ptr(),
-                s1 = in(reg) sums.as_mut_ptr().add(16 * GROUP),
-                line = in(reg) 64usize,
-                row = in(reg) 4 * GROUP,
-                depth = inout(reg) depth => _,
-                options(nostack),
-            );
+            let base = sums.as_mut_ptr();
+            let to = |row: usize, latent: usize| base.add(row * GROUP + latent);
+            let to = [[to(0, 0), to(0, LATENTS)], [to(16, 0), to(16, LATENTS)]];
+            two_by_two(x, w, to, GROUP);
         }
+    }
+}
+
+/// Sums of two tiles of rows with two of outputs, each of as many tiles of columns: those of rows `i` and
+/// outputs `j` go to `sums[i][j]`, whose rows are `stride` floats apart.
+///
+/// # Safety
+/// [`configure`] ran on this thread. Nobody else accesses the 16 rows of 16 floats at each of `sums`.
+pub(crate) unsafe fn two_by_two(
+    x: [&[Tile]; 2],
+    w: [&[Tile]; 2],
+    sums: [[*mut f32; 2]; 2],
+    stride: usize,
+) {
+    let depth = x[0].len();
+    assert!(depth > 0 && x[1].len() == depth && w.iter().all(|w| w.len() == depth));
+    // SAFETY: the caller's promise; all operands are `depth` tiles.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{x0} + {line}*1]",
+            "tileloadd tmm6, [{w0} + {line}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{w1} + {line}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{x1} + {line}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {x0}, 1024",
+            "add {x1}, 1024",
+            "add {w0}, 1024",
+            "add {w1}, 1024",
+            "dec {depth}",
+            "jnz 2b",
+            "tilestored [{s00} + {row}*1], tmm0",
+            "tilestored [{s01} + {row}*1], tmm1",
+            "tilestored [{s10} + {row}*1], tmm2",
+            "tilestored [{s11} + {row}*1], tmm3",
+            x0 = inout(reg) x[0].as_ptr() => _,
+            x1 = inout(reg) x[1].as_ptr() => _,
+            w0 = inout(reg) w[0].as_ptr() => _,
+            w1 = inout(reg) w[1].as_ptr() => _,
+            s00 = in(reg) sums[0][0],
+            s01 = in(reg) sums[0][1],
+            s10 = in(reg) sums[1][0],
+            s11 = in(reg) sums[1][1],
+            line = in(reg) 64usize,
+            row = in(reg) 4 * stride,
+            depth = inout(reg) depth => _,
+            options(nostack),
+        );
     }
 }
 

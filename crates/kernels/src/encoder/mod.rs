@@ -62,11 +62,11 @@ const TIMED: usize = 7;
 /// 16 pairs of columns by 16 latents.
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Tile([[[u16; 2]; LATENTS]; COLUMNS / 2]);
+pub(crate) struct Tile([[[u16; 2]; LATENTS]; COLUMNS / 2]);
 
 impl Tile {
     /// The tile as 16 rows of columns.
-    fn lines_mut(&mut self) -> &mut [[u16; COLUMNS]; 16] {
+    pub(crate) fn lines_mut(&mut self) -> &mut [[u16; COLUMNS]; 16] {
         bytemuck::cast_mut(&mut self.0)
     }
 }

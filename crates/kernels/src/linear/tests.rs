@@ -260,8 +260,62 @@ fn layers_of_one_input_together_are_as_each_alone() {
             bias: biases[i],
             y,
         };
-        forward_all(&x, n, [output(0, a), output(1, b), output(2, c)]);
+        forward_all(
+            &x,
+            n,
+            Products::Int8,
+            [output(0, a), output(1, b), output(2, c)],
+        );
         assert_eq!(together, alone);
         assert!(alone.iter().flatten().all(|v| v.is_finite()));
+    });
+}
+
+/// On AMX both operands are rounded to bf16 and no more; a row is the same alone and among others; elsewhere
+/// the products are those of int8.
+#[test]
+fn bf16_products_match_the_reference() {
+    on_every_isa(|isa| {
+        for ty in ALL.into_iter().filter(|ty| ty.is_quantised()) {
+            for (m, n) in [(1, 1), (19, 4), (33, 17), (48, 33), (64, 70)] {
+                let k = 512;
+                let bytes = matrix(ty, m, k, 7 + m as u64);
+                let mut next = noise(99);
+                let x: Vec<f32> = (0..n * k).map(|_| next() * 3.0).collect();
+                let bias: Vec<f32> = (0..m).map(|_| next()).collect();
+                let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+                let run = |x: &[f32], products| {
+                    let mut y = vec![f32::NAN; x.len() / k * m];
+                    let output = Output {
+                        linear: &linear,
+                        bias: Some(&bias),
+                        y: &mut y,
+                    };
+                    forward_all(x, x.len() / k, products, [output]);
+                    y
+                };
+                let y = run(&x, Products::Bf16);
+                let last = run(&x[(n - 1) * k..], Products::Bf16);
+                assert_eq!(last, y[(n - 1) * m..], "{ty:?} {isa:?} {m} x {n}");
+                if isa < Isa::Amx {
+                    assert_eq!(y, run(&x, Products::Int8), "{ty:?} {isa:?} {m} x {n}");
+                    continue;
+                }
+                let round = |x: &[f32]| -> Vec<f64> {
+                    x.iter().map(|v| bf16::from_f32(*v).to_f64()).collect()
+                };
+                let mut w = vec![0.0; m * k];
+                dequantize_row(ty, &bytes, &mut w).unwrap();
+                let (w, x) = (round(&w), round(&x));
+                let mut expected = Vec::new();
+                for x in x.chunks_exact(k) {
+                    for (w, bias) in w.chunks_exact(k).zip(&bias) {
+                        let dot: f64 = w.iter().zip(x).map(|(w, x)| w * x).sum();
+                        expected.push(f64::from(*bias) + dot);
+                    }
+                }
+                close(&y, &expected, 1e-3);
+            }
+        }
     });
 }

@@ -1,9 +1,15 @@
-//! Activations rounded to int8, one scale for each block of 32 values.
+//! Activations as products read them: int8 with one scale for each block of 32 values, or bf16.
 
 use std::ops::Range;
 
-use super::{BLOCK, Shared};
+use bytemuck::Zeroable;
+use half::bf16;
+
+use super::{BLOCK, STRIP, Shared};
 use crate::dispatch::{Isa, isa};
+use crate::element::Element;
+use crate::encoder::Tile as Bf16Tile;
+use crate::linear::Products;
 use crate::pool;
 
 /// A block whose largest magnitude is not above this is zero: `127 / largest` would come near
@@ -53,11 +59,16 @@ impl XBlock {
 /// Rows of a tile.
 pub(super) const TILE: usize = 16;
 
-/// Activations as int8 blocks, in tiles of [`TILE`] rows (the last may have fewer): `[block][row]`, so
-/// that what a kernel reads together lies together.
+/// Activations in tiles of [`TILE`] rows, so that what a kernel reads together lies together: int8 blocks as
+/// `[block][row]` (the last tile may have fewer rows), or bf16 tiles of a block's columns, strips filled up
+/// with rows whose sums nobody reads.
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
-    x: Vec<XBlock>,
+    int8: Vec<XBlock>,
+    bf16: Vec<Bf16Tile>,
+    /// Which of them: bf16 only where there is AMX.
+    products: Products,
+    n: usize,
     /// Blocks of a row.
     blocks: usize,
 }
@@ -96,62 +107,161 @@ impl<'a> Tile<'a> {
     }
 }
 
+/// Rows that pass together.
+#[derive(Clone, Copy)]
+pub(super) enum Strip<'a> {
+    /// Of int8, a tile.
+    Int8(Tile<'a>),
+    /// Of bf16, two tiles `[2][block]`, of which so many rows count.
+    Bf16([&'a [Bf16Tile]; 2], usize),
+}
+
+impl Strip<'_> {
+    /// Rows whose sums count.
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            Self::Int8(tile) => tile.rows,
+            Self::Bf16(_, rows) => *rows,
+        }
+    }
+}
+
 impl Activations {
     /// Rounds `x` `[n, columns]`.
-    pub(crate) fn round(&mut self, x: &[f32], columns: usize) {
-        self.resize(x.len().checked_div(columns).unwrap_or(0), columns / BLOCK);
-        let width = TILE * self.blocks;
-        let tile = |t: usize, out: &mut [XBlock]| {
-            let rows = out.len() / self.blocks.max(1);
-            let x = &x[t * TILE * columns..][..rows * columns];
-            for (r, x) in x.chunks_exact(columns).enumerate() {
-                round(x, &mut out[r..], rows);
-            }
+    pub(crate) fn round(&mut self, x: &[f32], columns: usize, products: Products) {
+        let n = x.len().checked_div(columns).unwrap_or(0);
+        self.resize(n, columns / BLOCK, products);
+        let blocks = self.shared();
+        let strip = |t: usize| {
+            let first = t * STRIP;
+            let x = &x[first * columns..n.min(first + STRIP) * columns];
+            // SAFETY: the rows of a strip are its task's alone, and there are such rows and columns.
+            unsafe { blocks.round(first, x, columns) }
         };
+        let strips = n.div_ceil(STRIP);
         if x.len() < 1 << 14 {
-            let tiles = self.x.chunks_mut(width.max(1)).enumerate();
-            tiles.for_each(|(t, out)| tile(t, out));
+            (0..strips).for_each(strip);
         } else {
-            pool::for_each_row(&mut self.x, width, tile);
+            pool::for_each(strips, strip);
         }
     }
 
     /// Makes room for `n` rows of `blocks` blocks; what they hold is left to the caller.
-    pub(super) fn resize(&mut self, n: usize, blocks: usize) {
+    pub(super) fn resize(&mut self, n: usize, blocks: usize, products: Products) {
+        self.products = if isa() >= Isa::Amx {
+            products
+        } else {
+            Products::Int8
+        };
+        self.n = n;
         self.blocks = blocks;
-        self.x.resize(n * blocks, XBlock::default());
+        match self.products {
+            Products::Int8 => self.int8.resize(n * blocks, XBlock::default()),
+            Products::Bf16 => {
+                let tiles = n.next_multiple_of(STRIP) / TILE * blocks;
+                self.bf16.resize(tiles, Bf16Tile::zeroed());
+            }
+        }
     }
 
     /// Bytes that it holds.
     pub(crate) fn bytes(&self) -> usize {
-        self.x.capacity() * size_of::<XBlock>()
+        self.int8.capacity() * size_of::<XBlock>() + self.bf16.capacity() * size_of::<Bf16Tile>()
     }
 
     /// Rows.
     pub(super) fn rows(&self) -> usize {
-        self.x.len().checked_div(self.blocks).unwrap_or(0)
+        self.n
     }
 
-    /// The tiles of `rows`, which begin a tile, each with its first row.
-    pub(super) fn tiles(&self, rows: Range<usize>) -> impl Iterator<Item = (usize, Tile<'_>)> {
-        let rows = rows.start..rows.end.min(self.rows());
-        let x = &self.x[rows.start * self.blocks..rows.end * self.blocks];
-        let tiles = x.chunks((TILE * self.blocks).max(1)).enumerate();
-        tiles.map(move |(t, x)| {
-            let stride = x.len() / self.blocks;
-            let tile = Tile {
-                x,
-                stride,
-                rows: stride,
+    /// How they are multiplied.
+    pub(crate) fn products(&self) -> Products {
+        self.products
+    }
+
+    /// The strips of `rows`, which begin one, each with its first row.
+    pub(super) fn strips(&self, rows: Range<usize>) -> impl Iterator<Item = (usize, Strip<'_>)> {
+        let (end, blocks) = (rows.end.min(self.n), self.blocks);
+        let most = match self.products {
+            Products::Int8 => TILE,
+            Products::Bf16 => STRIP,
+        };
+        (rows.start..end).step_by(most).map(move |first| {
+            let rows = (end - first).min(most);
+            let strip = match self.products {
+                Products::Int8 => Strip::Int8(Tile {
+                    x: &self.int8[first * blocks..(first + rows) * blocks],
+                    stride: rows,
+                    rows,
+                }),
+                Products::Bf16 => {
+                    let tiles = &self.bf16[first / TILE * blocks..][..2 * blocks];
+                    Strip::Bf16([&tiles[..blocks], &tiles[blocks..]], rows)
+                }
             };
-            (rows.start + t * TILE, tile)
+            (first, strip)
         })
     }
 
-    /// All blocks, to be written by tasks: block `b` of the rows of a tile that begins at row `first` is at
-    /// `first * blocks + b * stride`.
-    pub(super) fn shared(&mut self) -> Shared<XBlock> {
-        Shared::new(&mut self.x)
+    /// All of it, to be written by tasks.
+    pub(super) fn shared(&mut self) -> Blocks {
+        Blocks {
+            int8: Shared::new(&mut self.int8),
+            bf16: Shared::new(&mut self.bf16),
+            products: self.products,
+            n: self.n,
+            blocks: self.blocks,
+        }
+    }
+}
+
+/// [`Activations`] that tasks write.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks {
+    int8: Shared<XBlock>,
+    bf16: Shared<Bf16Tile>,
+    products: Products,
+    n: usize,
+    blocks: usize,
+}
+
+impl Blocks {
+    /// Rounds `x`, `[rows, columns]`, as all columns of the rows from `first` on, which begins a strip.
+    ///
+    /// # Safety
+    /// There are so many rows and columns, and nobody else accesses the strip.
+    unsafe fn round(self, first: usize, x: &[f32], columns: usize) {
+        for (i, x) in x.chunks_exact(columns).enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { self.row(first + i, 0, x) }
+        }
+    }
+
+    /// Rounds `x` as the columns of row `row` from block `b` on.
+    ///
+    /// # Safety
+    /// There are such a row and such columns, and nobody else accesses them in its strip.
+    pub(super) unsafe fn row(self, row: usize, b: usize, x: &[f32]) {
+        let (tile, r) = (row / TILE, row % TILE);
+        let n = x.len() / BLOCK;
+        match self.products {
+            Products::Int8 => {
+                let stride = (self.n - tile * TILE).min(TILE);
+                let at = tile * TILE * self.blocks + b * stride + r;
+                // SAFETY: the caller's promise; between the row's blocks lie those of the tile's other
+                // rows, which belong to the same task.
+                let out = unsafe { self.int8.part(at, (n - 1) * stride + 1) };
+                round(x, out, stride);
+            }
+            Products::Bf16 => {
+                // SAFETY: as above.
+                let out = unsafe { self.bf16.part(tile * self.blocks + b, n) };
+                for (out, x) in out.iter_mut().zip(x.chunks_exact(BLOCK)) {
+                    let line: &mut [bf16] = bytemuck::cast_slice_mut(&mut out.lines_mut()[r]);
+                    bf16::store(x, line);
+                }
+            }
+        }
     }
 }
 
@@ -274,14 +384,14 @@ mod tests {
             x[40] = 1.0;
             on_every_isa(|isa| {
                 let mut found = Activations::default();
-                found.round(&x, 64);
+                found.round(&x, 64, Products::Int8);
                 assert_eq!(
-                    (found.x[0].q, found.x[0].sum),
+                    (found.int8[0].q, found.int8[0].sum),
                     ([0; 32], 0.0),
                     "{isa:?} {tiny}"
                 );
                 assert_eq!(
-                    (found.x[1].q[8], found.x[1].start),
+                    (found.int8[1].q[8], found.int8[1].start),
                     (127, -127 * TOP),
                     "{isa:?}"
                 );
@@ -307,9 +417,11 @@ mod tests {
         assert_eq!(plain[2].q[6], 0);
         on_every_isa(|isa| {
             let mut found = Activations::default();
-            found.round(&x, 96);
+            found.round(&x, 96, Products::Int8);
             // Two rows of three blocks: one tile, its rows side by side.
-            let (_, tile) = found.tiles(0..2).next().unwrap();
+            let Some((_, Strip::Int8(tile))) = found.strips(0..2).next() else {
+                panic!("a tile of int8");
+            };
             for (i, p) in plain.iter().enumerate() {
                 let f = tile.block(i % 3, i / 3);
                 assert_eq!(f.q, p.q, "{isa:?}");

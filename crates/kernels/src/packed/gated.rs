@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use super::activations::{Activations, TILE, XBlock, round};
-use super::{BLOCK, PANEL, Packed, Ready, SCRATCH, Shared};
+use super::activations::{Activations, Blocks};
+use super::{BLOCK, PANEL, Packed, Ready, SCRATCH, STRIP};
 use crate::ops::{self, Activation};
 use crate::pool;
 
@@ -22,9 +22,9 @@ impl Gated<'_> {
     /// `out = act(W_gate x) * W_up x`, rounded. Both matrices are as large, their rows a multiple of 32.
     pub(crate) fn forward(&self, x: &Activations, n: usize, out: &mut Activations) {
         let blocks = self.gate.0.rows / BLOCK;
-        out.resize(n, blocks);
+        out.resize(n, blocks, x.products());
         let out = out.shared();
-        let cut = self.gate.0.cut(n, 2 * PANELS);
+        let cut = self.gate.0.cut(n, 2 * PANELS, x.products());
         // A unit of the cut is both matrices' panels; of one matrix there are half as many.
         let groups = blocks.div_ceil(cut.group);
         let cut = super::Cut { groups, ..cut };
@@ -37,49 +37,39 @@ impl Gated<'_> {
 
     /// # Safety
     /// `out` has room for the rows of `x`; nobody else accesses these blocks of these rows.
-    unsafe fn task(
-        &self,
-        units: Range<usize>,
-        rows: Range<usize>,
-        x: &Activations,
-        out: Shared<XBlock>,
-    ) {
-        let blocks = self.gate.0.rows / BLOCK;
+    unsafe fn task(&self, units: Range<usize>, rows: Range<usize>, x: &Activations, out: Blocks) {
         let panels = units.start * PANELS..units.end * PANELS;
         let n = rows.end.min(x.rows()) - rows.start;
         SCRATCH.with_borrow_mut(|[first, second]| {
             let mut both = [(self.gate, first), (self.up, second)].map(|((w, bias), scratch)| {
-                let values = [0.0f32; TILE * BLOCK]; // [row][column]
-                (Ready::new(w, scratch, panels.clone(), n), bias, values)
+                let values = [0.0f32; STRIP * BLOCK]; // [row][column]
+                (Ready::new(w, scratch, panels.clone(), x, n), bias, values)
             });
-            let mut sums = [[0.0; PANEL]; TILE];
-            for (at, x) in x.tiles(rows) {
-                let sums = &mut sums[..x.rows];
+            let mut sums = [[[0.0; PANEL]; STRIP]; PANELS];
+            for (first, x) in x.strips(rows) {
                 for unit in units.clone() {
+                    let panels = unit * PANELS..(unit + 1) * PANELS;
                     for (ready, bias, values) in &mut both {
-                        for half in 0..PANELS {
-                            let panel = unit * PANELS + half;
-                            ready.tile(panel, x, sums);
-                            let rows = values.as_chunks_mut::<PANEL>().0;
-                            for (sums, out) in sums.iter().zip(rows[half..].iter_mut().step_by(2)) {
+                        ready.strip(panels.clone(), x, &mut sums);
+                        let values = values.as_chunks_mut::<PANEL>().0;
+                        for (half, (panel, sums)) in panels.clone().zip(&sums).enumerate() {
+                            let values = values[half..].iter_mut().step_by(PANELS);
+                            let bias = bias.map(|b| &b[panel * PANEL..(panel + 1) * PANEL]);
+                            for (sums, out) in sums[..x.rows()].iter().zip(values) {
                                 *out = *sums;
-                            }
-                            if let Some(bias) = bias {
-                                let bias = &bias[panel * PANEL..(panel + 1) * PANEL];
-                                for out in rows[half..].iter_mut().step_by(2) {
+                                if let Some(bias) = bias {
                                     out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
                                 }
                             }
                         }
                     }
                     let [(_, _, gate), (_, _, up)] = &mut both;
-                    let values = x.rows * BLOCK;
+                    let values = x.rows() * BLOCK;
                     ops::gate_one(self.activation, &mut gate[..values], &up[..values]);
-                    // SAFETY: in bounds, as the unit is one of the blocks and the tile one of the rows;
-                    // they are this task's, by the caller's promise.
-                    let out = unsafe { out.part(at * blocks + unit * x.rows, x.rows) };
-                    for (gate, out) in gate.chunks_exact(BLOCK).zip(out.chunks_exact_mut(1)) {
-                        round(gate, out, 1);
+                    for (i, gate) in gate[..values].chunks_exact(BLOCK).enumerate() {
+                        // SAFETY: the unit is one of the blocks, the row one of the strip's; they are
+                        // this task's, by the caller's promise.
+                        unsafe { out.row(first + i, unit, gate) }
                     }
                 }
             }

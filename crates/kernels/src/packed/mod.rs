@@ -27,12 +27,16 @@
 //! result does not depend on its batch.
 //!
 //! A task takes some panels, unpacks them to a byte an integer and f32 factors (`panel.rs`), and lets
-//! tiles of activations pass; what is unpacked stays in the L2 cache. For a few rows AVX-512 unpacks in
+//! strips of activations pass; what is unpacked stays in the L2 cache. For a few rows AVX-512 unpacks in
 //! registers instead.
+//!
+//! Where it is asked for ([`Products::Bf16`]) and there is AMX, both operands are bf16 instead (`bf16.rs`).
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod gated;
 mod panel;
 #[cfg(target_arch = "x86_64")]
@@ -44,11 +48,11 @@ use std::ops::Range;
 use half::f16;
 
 pub(crate) use self::activations::Activations;
-use self::activations::{TILE, Tile, XBlock};
+use self::activations::{Strip, TILE, Tile, XBlock};
 pub(crate) use self::gated::Gated;
 use self::panel::{Panel, Row, Scratch};
 use crate::dispatch::{Isa, isa};
-use crate::linear::{L2_ACTIVATIONS, L2_WEIGHTS, READ_AHEAD};
+use crate::linear::{L2_ACTIVATIONS, L2_WEIGHTS, Products, READ_AHEAD};
 use crate::pool;
 use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 
@@ -56,8 +60,13 @@ use crate::quant::{GgmlType, Unpacked, group_len, unpack_block};
 pub(crate) const BLOCK: usize = 32;
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
+/// The most rows of activations that pass together.
+const STRIP: usize = 2 * TILE;
 /// With no more rows than these, AVX-512 unpacks in registers.
 const IN_REGISTERS: usize = 32;
+
+/// Sums of two panels for a strip, `[panel][row]`.
+type Sums = [[Row; STRIP]; 2];
 
 thread_local! {
     static SCRATCH: RefCell<[Scratch; 2]> = RefCell::default();
@@ -214,38 +223,78 @@ impl Cut {
     }
 }
 
-/// Some panels of a matrix, made ready for tiles of activations.
+/// How panels are made ready.
+enum Way {
+    /// As they are packed, but for the factors.
+    Packed,
+    /// Unpacked.
+    Unpacked,
+    /// In bf16.
+    #[cfg(target_arch = "x86_64")]
+    Bf16(bf16::Session),
+}
+
+/// Some panels of a matrix, made ready for strips of activations.
 struct Ready<'a> {
     w: &'a Packed,
     scratch: &'a mut Scratch,
     first: usize,
-    in_registers: bool,
+    way: Way,
 }
 
 impl<'a> Ready<'a> {
-    /// For `n` rows.
-    fn new(w: &'a Packed, scratch: &'a mut Scratch, panels: Range<usize>, n: usize) -> Self {
-        let in_registers = n <= IN_REGISTERS && isa() >= Isa::Avx512;
+    /// For `n` rows of `x`.
+    fn new(
+        w: &'a Packed,
+        scratch: &'a mut Scratch,
+        panels: Range<usize>,
+        x: &Activations,
+        n: usize,
+    ) -> Self {
         let first = panels.start;
-        if !in_registers {
-            scratch.unpack(w, panels, true);
-        }
+        let way = match x.products() {
+            #[cfg(target_arch = "x86_64")]
+            Products::Bf16 => {
+                scratch.dequantise(w, panels);
+                Way::Bf16(bf16::Session::new())
+            }
+            _ if n <= IN_REGISTERS && isa() >= Isa::Avx512 => Way::Packed,
+            _ => {
+                scratch.unpack(w, panels, true);
+                Way::Unpacked
+            }
+        };
         Self {
             w,
             scratch,
             first,
-            in_registers,
+            way,
         }
     }
 
-    /// The sums of a panel for the rows of a tile.
-    fn tile(&mut self, panel: usize, x: Tile<'_>, sums: &mut [Row]) {
+    /// The sums of one or two panels for a strip.
+    fn strip(&mut self, panels: Range<usize>, x: Strip<'_>, sums: &mut Sums) {
         let w = self.w;
-        if self.in_registers {
-            self.scratch.unpack(w, panel..panel + 1, false);
-            w.tile::<true>(self.scratch.panel(w, 0, panel), x, sums);
-        } else {
-            w.tile::<false>(self.scratch.panel(w, panel - self.first, panel), x, sums);
+        match (x, &self.way) {
+            #[cfg(target_arch = "x86_64")]
+            (Strip::Bf16(x, _), Way::Bf16(session)) => {
+                let pair = [panels.start, panels.end - 1];
+                let pair = pair.map(|p| self.scratch.tiles(w, p - self.first));
+                bf16::strip(session, pair, x, sums);
+            }
+            (Strip::Int8(x), Way::Packed) => {
+                for (panel, sums) in panels.zip(sums) {
+                    self.scratch.unpack(w, panel..panel + 1, false);
+                    w.tile::<true>(self.scratch.panel(w, 0, panel), x, &mut sums[..x.rows]);
+                }
+            }
+            (Strip::Int8(x), _) => {
+                for (panel, sums) in panels.zip(sums) {
+                    let panel = self.scratch.panel(w, panel - self.first, panel);
+                    w.tile::<false>(panel, x, &mut sums[..x.rows]);
+                }
+            }
+            (Strip::Bf16(..), _) => unreachable!("bf16 rows meet bf16 panels"),
         }
     }
 }
@@ -386,19 +435,36 @@ impl Packed {
     /// Tasks for `n` rows, whose outputs are those of `panels` panels at a time: a task should be worth
     /// some microseconds, its unpacked weights and its activations should stay in the L2 cache, and
     /// there should be several for each thread.
-    pub(crate) fn cut(&self, n: usize, panels: usize) -> Cut {
+    pub(crate) fn cut(&self, n: usize, panels: usize, products: Products) -> Cut {
         let units = self.rows.div_ceil(PANEL * panels);
         let integers = self.blocks * BLOCK * PANEL * panels;
         let enough = (1 << 18) / (integers * n.min(8)).max(1);
         let even = units / (4 * crate::threads());
+        // Bytes of unpacked weights, and of a strip's rows; in bf16 those may take more of the cache, as
+        // what they save is unpacking, which counts for more there.
+        let (bytes, strip, room) = match products {
+            Products::Int8 => {
+                let strip = STRIP * self.blocks * size_of::<XBlock>();
+                (integers + integers / 4, strip, L2_ACTIVATIONS)
+            }
+            Products::Bf16 => {
+                let strip = STRIP * self.blocks * BLOCK * size_of::<f16>();
+                (2 * integers, strip, L2_ACTIVATIONS / 2 * 3)
+            }
+        };
         let group = if n == 1 {
             even.clamp(1, enough.max(1))
         } else {
-            let fit = (L2_WEIGHTS / (integers + integers / 4).max(1)).max(1);
+            let fit = (L2_WEIGHTS / bytes.max(1)).max(1);
             even.clamp(1, fit).max(enough.min(fit))
         };
-        let tiles = L2_ACTIVATIONS / (TILE * self.blocks * size_of::<XBlock>()).max(1);
-        let rows = TILE * tiles.max(4);
+        // Pairs of panels pass together.
+        let group = if products == Products::Bf16 && panels == 1 {
+            group.next_multiple_of(2)
+        } else {
+            group
+        };
+        let rows = STRIP * (room / strip.max(1)).max(2);
         Cut {
             group,
             groups: units.div_ceil(group),
@@ -435,15 +501,17 @@ impl Packed {
             }
         };
         SCRATCH.with_borrow_mut(|[scratch, _]| {
-            let mut sums = [[0.0; PANEL]; TILE];
+            let mut sums = [[[0.0; PANEL]; STRIP]; 2];
             let n = rows.end.min(x.rows()) - rows.start;
-            let mut ready = Ready::new(self, scratch, panels.clone(), n);
-            for (first, x) in x.tiles(rows) {
-                let sums = &mut sums[..x.rows];
-                for panel in panels.clone() {
-                    ready.tile(panel, x, sums);
-                    for (i, sums) in sums.iter().enumerate() {
-                        write(first + i, panel, sums);
+            let mut ready = Ready::new(self, scratch, panels.clone(), x, n);
+            for (first, x) in x.strips(rows) {
+                for start in panels.clone().step_by(2) {
+                    let pair = start..panels.end.min(start + 2);
+                    ready.strip(pair.clone(), x, &mut sums);
+                    for (panel, sums) in pair.zip(&sums) {
+                        for (i, sums) in sums[..x.rows()].iter().enumerate() {
+                            write(first + i, panel, sums);
+                        }
                     }
                 }
             }

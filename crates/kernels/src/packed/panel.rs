@@ -1,9 +1,14 @@
 //! A panel of weights made ready for a tile of activations: integers a byte each, factors in f32.
 
 #[cfg(target_arch = "x86_64")]
-use super::vnni;
+use bytemuck::Zeroable;
+
 use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
+#[cfg(target_arch = "x86_64")]
+use super::{bf16, vnni};
 use crate::dispatch::{Isa, isa};
+#[cfg(target_arch = "x86_64")]
+use crate::encoder::Tile as Bf16Tile;
 use crate::linear::widen_f16;
 
 /// One factor for each row of a panel.
@@ -15,6 +20,8 @@ pub(super) struct Scratch {
     weights: Vec<Line>,
     scales: Vec<Row>,
     mins: Vec<Row>,
+    #[cfg(target_arch = "x86_64")]
+    bf16: Vec<Bf16Tile>,
 }
 
 /// A panel as a kernel reads it.
@@ -58,6 +65,27 @@ impl Scratch {
             }
             unpack(w, panel, lines, scales, mins);
         }
+    }
+
+    /// Dequantises `panels` of `w` to bf16.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn dequantise(&mut self, w: &Packed, panels: std::ops::Range<usize>) {
+        self.unpack(w, panels.clone(), false);
+        self.bf16
+            .resize(panels.len() * w.blocks, Bf16Tile::zeroed());
+        let each = w.blocks * w.halves;
+        let tiles = self.bf16.chunks_exact_mut(w.blocks);
+        for (at, (panel, tiles)) in panels.zip(tiles).enumerate() {
+            let of = at * each..(at + 1) * each;
+            let mins = self.mins.get(of.clone()).unwrap_or_default();
+            bf16::unpack(w, panel, &self.scales[of], mins, tiles);
+        }
+    }
+
+    /// Weights of the panel that was the `at`-th to be dequantised.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn tiles(&self, w: &Packed, at: usize) -> &[Bf16Tile] {
+        &self.bf16[at * w.blocks..(at + 1) * w.blocks]
     }
 
     /// The panel that was the `at`-th to be unpacked, and is the `panel`-th of `w`.

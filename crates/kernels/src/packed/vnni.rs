@@ -69,7 +69,7 @@ pub(super) fn tile<const PACKED: bool>(
 /// `p` points to a packed block of `BITS` bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
-unsafe fn block<const BITS: usize>(p: *const Line) -> [__m512i; 8] {
+pub(super) unsafe fn block<const BITS: usize>(p: *const Line) -> [__m512i; 8] {
     // SAFETY: the caller's promise; lines are aligned.
     let line = |i: usize| unsafe { _mm512_load_si512(p.add(i).cast()) };
     if BITS == 8 {

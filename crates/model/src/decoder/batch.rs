@@ -1,5 +1,6 @@
 //! What goes into a forward pass and what comes out.
 
+use demur_kernels::linear::Products;
 use demur_kernels::mlp::Hidden;
 
 use crate::hooks::{InterventionState, Role, Site};
@@ -113,6 +114,8 @@ pub struct Capture {
     /// Stop after the last of them: later layers and the head are not computed, there are no
     /// logits, and the caches do not advance.
     pub stop_after_last: bool,
+    /// How packed weights are multiplied in this pass. The caches it leaves are of the same arithmetic.
+    pub products: Products,
     /// Filled in: for each site, `[tokens, d_model]` in the order of the batch.
     pub rows: Vec<Vec<f32>>,
 }
@@ -145,6 +148,7 @@ pub struct Workspace {
     pub(super) hidden: Hidden,
     pub(super) out: Vec<f32>,
     pub(super) logits: Vec<f32>,
+    pub(super) products: Products,
 }
 
 impl Workspace {

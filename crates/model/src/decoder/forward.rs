@@ -25,6 +25,7 @@ impl Model {
     ) -> Result<Logits<'w>, ModelError> {
         self.check(seqs, capture.as_deref())?;
         self.embed(seqs, ws)?;
+        ws.products = capture.as_deref().map(|c| c.products).unwrap_or_default();
         let stop = capture.as_deref_mut().and_then(|c| {
             c.rows = vec![Vec::with_capacity(ws.x.len()); c.sites.len()];
             let last = c.sites.iter().map(|s| s.canonical()).max();
@@ -156,7 +157,7 @@ impl Model {
             layer.k.output(&mut ws.k),
             layer.v.output(&mut ws.v),
         ];
-        forward_all(&ws.h, n, qkv);
+        forward_all(&ws.h, n, ws.products, qkv);
         if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
             ops::rms_norm_in_place(&mut ws.q, q_norm, spec.norm_eps, spec.norm_plus_one);
             ops::rms_norm_in_place(&mut ws.k, k_norm, spec.norm_eps, spec.norm_plus_one);
@@ -194,7 +195,7 @@ impl Model {
             });
         }
         attention(&shape, &mut tasks);
-        layer.o.forward(&ws.attended, n, &mut ws.h);
+        forward_all(&ws.attended, n, ws.products, [layer.o.output(&mut ws.h)]);
         self.add_branch(ws, layer.post_attn_norm.as_deref());
     }
 
@@ -204,7 +205,7 @@ impl Model {
         let n = ws.x.len() / spec.d_model;
         resize(&mut ws.out, ws.x.len());
         self.norm(&ws.x, &layer.mlp_norm, &mut ws.out);
-        let mlp = layer.mlp(spec.activation);
+        let mlp = layer.mlp(spec.activation, ws.products);
         mlp.forward(&ws.out, n, &mut ws.hidden, &mut ws.h);
         self.add_branch(ws, layer.post_mlp_norm.as_deref());
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use demur_kernels::linear::{Linear, Output, Precision};
+use demur_kernels::linear::{Linear, Output, Precision, Products};
 use demur_kernels::mlp::GatedMlp;
 use demur_kernels::ops::Activation;
 use demur_kernels::quant::dequantize_row;
@@ -19,10 +19,6 @@ pub(super) struct Biased {
 }
 
 impl Biased {
-    pub(super) fn forward(&self, x: &[f32], n: usize, y: &mut [f32]) {
-        self.linear.forward(x, n, self.bias.as_deref(), y);
-    }
-
     /// This layer's part in a product of several.
     pub(super) fn output<'a>(&'a self, y: &'a mut [f32]) -> Output<'a> {
         Output {
@@ -35,7 +31,7 @@ impl Biased {
 
 impl Layer {
     /// The MLP.
-    pub(super) fn mlp(&self, activation: Activation) -> GatedMlp<'_> {
+    pub(super) fn mlp(&self, activation: Activation, products: Products) -> GatedMlp<'_> {
         let [gate, up, down] =
             [&self.gate, &self.up, &self.down].map(|b| (&b.linear, b.bias.as_deref()));
         GatedMlp {
@@ -43,6 +39,7 @@ impl Layer {
             up,
             down,
             activation,
+            products,
         }
     }
 }
