@@ -10,11 +10,13 @@
 //! what it means. Plans read their latents alone (`membership = "pre_act"`); reading the exact top k
 //! costs a whole encode for each token besides.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
 use demur_features::harvest::{Sequence, harvest};
+use demur_kernels::dispatch::{Isa, isa};
 use demur_kernels::limits;
 use demur_model::decoder::{KvCache, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::{Intervention, InterventionState, Role, Site};
@@ -22,6 +24,7 @@ use demur_sae::{Sae, SaeConfig};
 use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, compile};
 use serde_json::json;
 
+use super::bench_text;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
 use crate::progress::{Progress, say};
@@ -47,6 +50,9 @@ enum What {
         /// Decode this many tokens besides, and compare the first tenth with the last.
         #[arg(long, value_name = "TOKENS")]
         soak: Option<usize>,
+        /// Compare perplexity and next-token distributions on these texts with those of f32, besides.
+        #[arg(long, value_name = "FILE")]
+        text: Vec<PathBuf>,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -75,13 +81,20 @@ pub fn run(args: Args) -> Result<()> {
             model,
             rounds,
             soak,
+            text,
             json,
-        } => lm(&model, rounds, soak, json),
+        } => lm(&model, rounds, soak, &text, json),
         What::Sae(args) => super::bench_sae::run(&args),
     }
 }
 
-fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<()> {
+fn lm(
+    model: &str,
+    rounds: usize,
+    soak: Option<usize>,
+    texts: &[PathBuf],
+    as_json: bool,
+) -> Result<()> {
     let loaded = Loaded::open(model, Precision::Fast)?;
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
@@ -171,6 +184,7 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
     let [prefill, decode, decode16, steered16, harvested] =
         [prefill, decode, decode16, steered16, harvested].map(|mut f| median(&mut f));
     let floors = Floors::of(m, context);
+    let isa = isa();
     let mut figures = vec![
         ("prefill_tok_s", prefill),
         ("decode_tok_s", decode),
@@ -186,7 +200,17 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
             ("int8_gops", gops),
             ("prefill_share_of_int8", share(floors.prompt, prefill)),
             ("decode16_share_of_int8", share(floors.token, decode16)),
-            ("harvest_share_of_int8", share(floors.blocks, harvested)),
+        ]);
+        if isa < Isa::Amx {
+            figures.push(("harvest_share_of_int8", share(floors.blocks, harvested)));
+        }
+    }
+    if isa >= Isa::Amx {
+        let gflops = limits::product_gflops(rounds.max(1));
+        let harvested = floors.blocks * harvested / (1e9 * gflops);
+        figures.extend([
+            ("bf16_gflops", gflops),
+            ("harvest_share_of_bf16", harvested),
         ]);
     }
     if let Some(n) = soak {
@@ -209,10 +233,10 @@ fn lm(model: &str, rounds: usize, soak: Option<usize>, as_json: bool) -> Result<
         figures.push(("soak_first_tok_s", rate(&seconds[..tenth.min(n)])));
         figures.push(("soak_last_tok_s", rate(&seconds[n.saturating_sub(tenth)..])));
     }
-    let (threads, isa) = (
-        demur_kernels::threads(),
-        demur_kernels::dispatch::isa().name(),
-    );
+    if !texts.is_empty() {
+        figures.extend(bench_text::figures(model, &loaded, texts)?);
+    }
+    let (threads, isa) = (demur_kernels::threads(), isa.name());
     if as_json {
         let mut object = json!({
             "model": model, "threads": threads, "isa": isa,

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod bench_sae;
+mod bench_text;
 pub mod chat;
 pub mod completions;
 pub mod eval;

@@ -347,8 +347,15 @@ fn completions_for_every_shell() {
 fn bench_lm_measures_what_it_says() {
     let place = Place::new();
     let model = model();
+    let text = place.path("text.txt");
+    std::fs::write(
+        &text,
+        "The rain in Spain falls mainly on the plain. ".repeat(20),
+    )
+    .unwrap();
+    let text = text.to_str().unwrap();
     let args = [
-        "bench", "lm", "--rounds", "1", "--soak", "20", "--json", "--model",
+        "bench", "lm", "--rounds", "1", "--soak", "20", "--text", text, "--json", "--model",
     ];
     let args = args.iter().map(OsStr::new);
     let ended = place.run(args.chain([model.as_os_str()])).succeeded();
@@ -363,10 +370,17 @@ fn bench_lm_measures_what_it_says() {
         "decode_share_of_read",
         "soak_first_tok_s",
         "soak_last_tok_s",
+        "text_tokens",
+        "ppl_int8",
+        "kl_int8",
+        "kl_bf16",
     ] {
         assert!(figures[key].as_f64().is_some_and(|v| v > 0.0), "{key}");
     }
     assert!(figures["isa"].is_string() && figures["threads"].is_u64());
+    // What is left of the f32 perplexity is rounding.
+    let off = figures["ppl_int8_off"].as_f64().unwrap();
+    assert!(off != 0.0 && off.abs() < 0.05, "{off}");
 }
 
 #[test]
