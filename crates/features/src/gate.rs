@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::FeatureError;
-use crate::harvest::{Sequence, harvest};
+use crate::harvest::{Products, Sequence, harvest};
 use crate::logistic::{fit, sigmoid};
 use crate::stats::{Estimate, auroc, wilson};
 
@@ -84,33 +84,40 @@ pub fn read(
         .filter(|p| p.reading.aggregate != Aggregate::LatentMax)
         .collect();
     let d = sae.d_model();
-    harvest(model, site, sequences, batch_tokens, |i, x| {
-        let roles = &sequences[i].roles;
-        let n = roles.len();
-        let codes = sae.encode(x, n);
-        let mut acts = vec![0.0f32; n * sae.d_sae()];
-        for t in 0..n {
-            let row = t * codes.k..(t + 1) * codes.k;
-            for (&j, &v) in codes.idx[row.clone()].iter().zip(&codes.val[row]) {
-                acts[t * sae.d_sae() + j as usize] = v;
-            }
-        }
-        pool_all(&mut exact, &acts, roles);
-        // Only rows that are read: the pre-activations are most of the cost.
-        acts.par_chunks_mut(sae.d_sae())
-            .zip(x.par_chunks(d))
-            .zip(roles)
-            .filter(|(_, role)| matches!(role, Role::User | Role::Template))
-            .for_each(|((acts, x), _)| {
-                for (j, a) in acts.iter_mut().enumerate() {
-                    *a = sae.latent(x, j);
+    harvest(
+        model,
+        site,
+        sequences,
+        batch_tokens,
+        Products::Int8,
+        |i, x| {
+            let roles = &sequences[i].roles;
+            let n = roles.len();
+            let codes = sae.encode(x, n);
+            let mut acts = vec![0.0f32; n * sae.d_sae()];
+            for t in 0..n {
+                let row = t * codes.k..(t + 1) * codes.k;
+                for (&j, &v) in codes.idx[row.clone()].iter().zip(&codes.val[row]) {
+                    acts[t * sae.d_sae() + j as usize] = v;
                 }
-            });
-        pool_all(&mut pre, &acts, roles);
-        pool_all(&mut raw, x, roles);
-        on_prompt();
-        Ok(())
-    })?;
+            }
+            pool_all(&mut exact, &acts, roles);
+            // Only rows that are read: the pre-activations are most of the cost.
+            acts.par_chunks_mut(sae.d_sae())
+                .zip(x.par_chunks(d))
+                .zip(roles)
+                .filter(|(_, role)| matches!(role, Role::User | Role::Template))
+                .for_each(|((acts, x), _)| {
+                    for (j, a) in acts.iter_mut().enumerate() {
+                        *a = sae.latent(x, j);
+                    }
+                });
+            pool_all(&mut pre, &acts, roles);
+            pool_all(&mut raw, x, roles);
+            on_prompt();
+            Ok(())
+        },
+    )?;
     exact.extend(pre);
     Ok((exact, raw))
 }

@@ -4,7 +4,7 @@
 //! stops at the site, so later layers and the output head cost nothing. Rows are handed over a
 //! sequence at a time, in the order of the input, and are not kept.
 
-use demur_kernels::linear::Products;
+pub use demur_kernels::linear::Products;
 use demur_model::decoder::{Capture, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::{Role, Site};
 
@@ -23,6 +23,9 @@ pub struct Sequence {
 
 /// Runs `sequences` through `model` up to `site` and gives each one's rows to `consume`.
 ///
+/// With [`Products::Int8`] rows are those that an intervention sees, bit for bit: what is calibrated (a gate, a
+/// latent's statistics) is calibrated on them. [`Products::Bf16`] is for bulk, such as training data.
+///
 /// # Shapes
 /// `consume(i, rows)` gets the rows of `sequences[i]`, `[n, d_model]`, f32.
 ///
@@ -33,6 +36,7 @@ pub fn harvest(
     site: Site,
     sequences: &[Sequence],
     batch_tokens: usize,
+    products: Products,
     mut consume: impl FnMut(usize, &[f32]) -> Result<(), FeatureError>,
 ) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
@@ -65,7 +69,7 @@ pub fn harvest(
         let mut capture = Capture {
             sites: vec![site],
             stop_after_last: true,
-            products: Products::Bf16,
+            products,
             rows: Vec::new(),
         };
         model.forward(&mut inputs, Some(&mut capture), &mut workspace)?;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_kernels::dispatch::{Isa, isa};
 use demur_kernels::limits;
 use demur_model::decoder::{KvCache, LogitsAt, Model, SeqInput, Workspace};
@@ -175,7 +175,7 @@ fn lm(
         let started = Instant::now();
         let site = Site::post(m.spec().n_layers - 1);
         let total = HARVESTED * harvest_prompt;
-        harvest(m, site, &sequences, total, |_, _| Ok(()))?;
+        harvest(m, site, &sequences, total, Products::Bf16, |_, _| Ok(()))?;
         harvested.push(total as f64 / started.elapsed().as_secs_f64());
     }
     // The limits come last: they take memory of their own.

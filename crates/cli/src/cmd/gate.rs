@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Label};
 use demur_eval::stats::Estimate;
 use demur_features::gate::{Detection, Group, detection, recall_at};
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_model::hooks::{Intervention, Rows};
 use demur_steering::CompiledPlan;
 use serde_json::json;
@@ -204,23 +204,30 @@ fn scores(
     let site = site.parse::<demur_model::hooks::Site>()?.canonical();
     let mut scores = Vec::with_capacity(sequences.len());
     let bar = Progress::new("gate", "prompts", sequences.len() as u64);
-    harvest(&loaded.model, site, sequences, 1024, |i, x| {
-        let s = &sequences[i];
-        let rows = Rows {
-            start_pos: 0,
-            tokens: &s.tokens,
-            roles: &s.roles,
-            generated: false,
-        };
-        let mut state = plan.start();
-        state.edit(site, &rows, &mut x.to_vec());
-        let audit = state.audit().unwrap_or_default();
-        // A gate that has read no token is closed.
-        let score = audit["gates"][at]["score"].as_f64();
-        scores.push(score.unwrap_or(f64::NEG_INFINITY));
-        bar.advance(1);
-        Ok(())
-    })?;
+    harvest(
+        &loaded.model,
+        site,
+        sequences,
+        1024,
+        Products::Int8,
+        |i, x| {
+            let s = &sequences[i];
+            let rows = Rows {
+                start_pos: 0,
+                tokens: &s.tokens,
+                roles: &s.roles,
+                generated: false,
+            };
+            let mut state = plan.start();
+            state.edit(site, &rows, &mut x.to_vec());
+            let audit = state.audit().unwrap_or_default();
+            // A gate that has read no token is closed.
+            let score = audit["gates"][at]["score"].as_f64();
+            scores.push(score.unwrap_or(f64::NEG_INFINITY));
+            bar.advance(1);
+            Ok(())
+        },
+    )?;
     bar.finish();
     Ok(scores)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts;
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_model::hooks::{Role, Site};
 use demur_model::tokenizer::Special;
 use serde_json::json;
@@ -87,11 +87,18 @@ pub fn run(args: Args) -> Result<()> {
     let d = loaded.model.spec().d_model;
     let bar = Progress::new("harvest", "tokens", total as u64);
     let mut data: Vec<u8> = Vec::with_capacity(total * d * 4);
-    harvest(&loaded.model, site, &sequences, 1024, |_, x| {
-        data.extend(x.iter().flat_map(|v| v.to_le_bytes()));
-        bar.advance((x.len() / d) as u64);
-        Ok(())
-    })?;
+    harvest(
+        &loaded.model,
+        site,
+        &sequences,
+        1024,
+        Products::Bf16,
+        |_, x| {
+            data.extend(x.iter().flat_map(|v| v.to_le_bytes()));
+            bar.advance((x.len() / d) as u64);
+            Ok(())
+        },
+    )?;
     bar.finish();
     let tokens: Vec<u8> = sequences
         .iter()

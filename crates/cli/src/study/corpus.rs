@@ -13,7 +13,7 @@ use demur_eval::arms::{self, Arm, Item};
 use demur_eval::files::{self, Lines};
 use demur_eval::prompts::{self, Prompt, Split};
 use demur_features::FeatureError;
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_model::chat::Message;
 use demur_model::generate::{Request, Sampling};
 use demur_model::hooks::Role;
@@ -268,6 +268,7 @@ fn write_activations(c: &StudyContext, sequences: &[Sequence], path: &Path) -> R
         c.site,
         sequences,
         c.study.model.batch_tokens,
+        Products::Bf16,
         |_, x| {
             let bytes: Vec<u8> = x[d..].iter().flat_map(|v| v.to_le_bytes()).collect();
             if let Err(e) = out.write_all(&bytes) {

@@ -17,7 +17,7 @@ use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
 use demur_features::causal::{last_logits, mean_kl, mean_rise};
 use demur_features::contrast::{Design, PromptSummary, contrast};
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_features::lens::promoted;
 use demur_features::table::{CausalEvidence, Evidence, Feature, FeatureTable, RecipeEvidence};
 use demur_sae::Sae;
@@ -346,6 +346,7 @@ impl<'a> Codes<'a> {
             self.c.site,
             sequences,
             tokens,
+            Products::Int8,
             |i, x| {
                 for row in x.chunks_exact(d).skip(1) {
                     self.norms.0 += row

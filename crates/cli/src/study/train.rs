@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use demur_eval::record::{CurvePoint, HeldOut};
 use demur_eval::stats::{Estimate, ratio};
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_sae::metrics::QualityMeter;
 use demur_sae::saelens::{self, WeightType};
 use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
@@ -201,11 +201,18 @@ fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOu
     let d = sae.d_model();
     let (mut data, mut owner) = (Vec::new(), Vec::new());
     let tokens = c.study.model.batch_tokens;
-    harvest(&c.loaded.model, c.site, sequences, tokens, |i, x| {
-        data.extend_from_slice(&x[d.min(x.len())..]);
-        owner.resize(data.len() / d, i);
-        Ok(())
-    })?;
+    harvest(
+        &c.loaded.model,
+        c.site,
+        sequences,
+        tokens,
+        Products::Int8,
+        |i, x| {
+            data.extend_from_slice(&x[d.min(x.len())..]);
+            owner.resize(data.len() / d, i);
+            Ok(())
+        },
+    )?;
     let rows = Rows {
         data: &data,
         d_model: d,
