@@ -39,6 +39,9 @@ pub struct ArchitectureConfig {
     /// What makes latents active.
     #[arg(long = "architecture", value_enum, default_value_t = ArchitectureName::TopK)]
     pub name: ArchitectureName,
+    /// Of topk: the 4k largest reconstruct as well, with a weight of 1/8.
+    #[arg(long)]
+    pub multi_topk: bool,
     /// Of relu and gated: weight of the L1 penalty, on rows of mean norm sqrt(d_model); 5, if not given.
     #[arg(long)]
     pub l1: Option<f64>,
@@ -75,6 +78,11 @@ impl ArchitectureConfig {
             self.name == ArchitectureName::JumpRelu,
         );
         for (key, given, fits) in [
+            (
+                "multi_topk",
+                self.multi_topk,
+                self.name == ArchitectureName::TopK,
+            ),
             ("l1", self.l1.is_some(), l1),
             ("l0", self.l0.is_some(), jump),
             ("bandwidth", self.bandwidth.is_some(), jump),
@@ -91,7 +99,9 @@ impl ArchitectureConfig {
         }
         let (l1, warmup) = (self.l1.unwrap_or(5.0), self.penalty_warmup.unwrap_or(0.1));
         Ok(match self.name {
-            ArchitectureName::TopK => Architecture::TopK,
+            ArchitectureName::TopK => Architecture::TopK {
+                multi: self.multi_topk,
+            },
             ArchitectureName::BatchTopK => Architecture::BatchTopK,
             ArchitectureName::Matryoshka => Architecture::Matryoshka {
                 group_sizes: match &self.group_sizes[..] {
@@ -131,9 +141,13 @@ mod tests {
             l0,
             ..ArchitectureConfig::default()
         };
-        let e = of(ArchitectureName::TopK, Some(1.0), None).resolve(3, 64).unwrap_err();
+        let e = of(ArchitectureName::TopK, Some(1.0), None)
+            .resolve(3, 64)
+            .unwrap_err();
         assert!(e.to_string().starts_with("l1: TopK"), "{e}");
-        let jump = of(ArchitectureName::JumpRelu, None, None).resolve(3, 64).unwrap();
+        let jump = of(ArchitectureName::JumpRelu, None, None)
+            .resolve(3, 64)
+            .unwrap();
         assert!(matches!(
             jump,
             Architecture::JumpRelu {
@@ -141,7 +155,9 @@ mod tests {
                 ..
             }
         ));
-        let jump = of(ArchitectureName::JumpRelu, None, Some(0.01)).resolve(3, 64).unwrap();
+        let jump = of(ArchitectureName::JumpRelu, None, Some(0.01))
+            .resolve(3, 64)
+            .unwrap();
         assert!(matches!(
             jump,
             Architecture::JumpRelu {
@@ -150,7 +166,9 @@ mod tests {
                 ..
             }
         ));
-        let nested = of(ArchitectureName::Matryoshka, None, None).resolve(3, 64).unwrap();
+        let nested = of(ArchitectureName::Matryoshka, None, None)
+            .resolve(3, 64)
+            .unwrap();
         let group_sizes = vec![2, 4, 8, 16, 34];
         assert_eq!(nested, Architecture::Matryoshka { group_sizes });
         assert_eq!(auxk_alpha(None, &jump), 0.0);

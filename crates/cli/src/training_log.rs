@@ -351,7 +351,10 @@ mod tests {
         let mut bytes = Vec::new();
         let mut ends = vec![0];
         for step in 0..3 {
-            record(&event(1.0, step, None, &[("a".to_owned(), 2.0)]), &mut bytes);
+            record(
+                &event(1.0, step, None, &[("a".to_owned(), 2.0)]),
+                &mut bytes,
+            );
             ends.push(bytes.len());
         }
         assert_eq!(kept(&bytes, 9), ends[3]);

@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
             hook_name: String::new(),
             model_name: "noise".to_owned(),
         },
-        architecture: Architecture::TopK,
+        architecture: Architecture::default(),
         batch: n,
         steps: 1 << 20,
         lr: None,

@@ -108,7 +108,14 @@ fn what_harvest_writes_is_trained_on_and_goes_on_after_a_stop() {
 fn harvested() -> Place {
     let place = Place::new();
     let model = model();
-    let args = ["harvest", "--prompts", "prompts.jsonl", "--site", "layers.1", "--model"];
+    let args = [
+        "harvest",
+        "--prompts",
+        "prompts.jsonl",
+        "--site",
+        "layers.1",
+        "--model",
+    ];
     place
         .run(args.iter().map(AsRef::as_ref).chain([model.as_os_str()]))
         .succeeded();
@@ -127,8 +134,19 @@ fn every_architecture_is_fitted_measured_and_compared() {
         ("jumprelu", "jumprelu"),
         ("gated", "gated"),
     ] {
-        let sizes = ["--d-sae", "64", "--k", "4", "--batch", "32", "--epochs", "8"];
-        let out = ["--architecture", name, "--lr", "0.003", "--warmup", "5", "--out", name];
+        let sizes = [
+            "--d-sae", "64", "--k", "4", "--batch", "32", "--epochs", "8",
+        ];
+        let out = [
+            "--architecture",
+            name,
+            "--lr",
+            "0.003",
+            "--warmup",
+            "5",
+            "--out",
+            name,
+        ];
         place
             .run([&["sae", "fit", rows][..], &sizes, &out].concat())
             .succeeded();
@@ -141,7 +159,10 @@ fn every_architecture_is_fitted_measured_and_compared() {
         let figures = &said["activations"];
         let of = |key: &str| figures[key].as_f64().unwrap();
         assert!(of("fvu") < 1.0 && of("l0") > 0.0, "{name}: {figures}");
-        assert!((of("fvu") + of("fve") - 1.0).abs() < 1e-9, "{name}: {figures}");
+        assert!(
+            (of("fvu") + of("fve") - 1.0).abs() < 1e-9,
+            "{name}: {figures}"
+        );
         let alive: u64 = figures["density_histogram"]
             .as_array()
             .unwrap()
@@ -199,7 +220,16 @@ fn patching_is_priced_between_identity_and_ablation() {
     .unwrap();
     let model = model();
     for (name, score) in [("identity", 1.0), ("nothing", 0.0)] {
-        let args = ["sae", "eval", name, "--ablation", "zero", "--limit", "2", "--json"];
+        let args = [
+            "sae",
+            "eval",
+            name,
+            "--ablation",
+            "zero",
+            "--limit",
+            "2",
+            "--json",
+        ];
         let more = ["--context", "40", "--chats", "chats.jsonl", "--model"];
         let all = args.iter().chain(&more).map(AsRef::as_ref);
         let said = place.run(all.chain([model.as_os_str()])).succeeded().json();
@@ -207,11 +237,18 @@ fn patching_is_priced_between_identity_and_ablation() {
             let of = |key: &str| said[side][key].as_f64().unwrap();
             assert!(of("kl_ablated") > 1e-3, "{said}");
             assert!((of("kl_div_score") - score).abs() < 1e-3, "{name}: {said}");
-            let expected = if score > 0.0 { of("ce") } else { of("ce_ablated") };
+            let expected = if score > 0.0 {
+                of("ce")
+            } else {
+                of("ce_ablated")
+            };
             assert!((of("ce_sae") - expected).abs() < 1e-4, "{name}: {said}");
             assert!((of("ce_loss_score") - score).abs() < 1e-2, "{name}: {said}");
             let fvu = of("fvu");
-            assert!(if score > 0.0 { fvu < 1e-9 } else { fvu >= 1.0 }, "{name}: {said}");
+            assert!(
+                if score > 0.0 { fvu < 1e-9 } else { fvu >= 1.0 },
+                "{name}: {said}"
+            );
         }
     }
     place

@@ -11,12 +11,15 @@ use crate::arch::Activation;
 use crate::error::SaeError;
 
 /// An architecture to train, with the settings that only it has.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Architecture {
     /// The `k` largest of each row ([`crate::arch::topk`]).
-    #[default]
-    TopK,
+    TopK {
+        /// Whether the `4 k` largest reconstruct as well, with a weight of 1/8.
+        #[serde(default)]
+        multi: bool,
+    },
     /// The `k n` largest of a batch of `n` rows ([`crate::arch::batch_topk`]).
     BatchTopK,
     /// BatchTopK over nested dictionaries ([`crate::arch::matryoshka`]).
@@ -52,11 +55,20 @@ pub enum Architecture {
     },
 }
 
+impl Default for Architecture {
+    fn default() -> Self {
+        Self::TopK { multi: false }
+    }
+}
+
 impl Architecture {
     /// Whether `k` says how many latents are active: these select the largest activations and revive
     /// dead latents with the auxiliary term, the others have a penalty for both.
     pub fn selects(&self) -> bool {
-        matches!(self, Self::TopK | Self::BatchTopK | Self::Matryoshka { .. })
+        matches!(
+            self,
+            Self::TopK { .. } | Self::BatchTopK | Self::Matryoshka { .. }
+        )
     }
 
     /// Refuses settings out of range.
@@ -73,7 +85,7 @@ impl Architecture {
             return bad("auxk_alpha", cfg.auxk_alpha, rule);
         }
         let (weight, value, warmup) = match self {
-            Self::TopK | Self::BatchTopK => return Ok(()),
+            Self::TopK { .. } | Self::BatchTopK => return Ok(()),
             Self::Matryoshka { group_sizes } => {
                 return crate::arch::matryoshka::check(group_sizes, cfg.sae.d_sae);
             }
@@ -154,7 +166,7 @@ impl Architecture {
         scale: f32,
     ) -> Activation {
         match self {
-            Self::TopK => Activation::TopK { k },
+            Self::TopK { .. } => Activation::TopK { k },
             Self::BatchTopK => Activation::BatchTopK {
                 k,
                 threshold: threshold / scale,
@@ -179,7 +191,7 @@ impl Architecture {
     /// The rule of a step; `x` has `n` rows of variance `variance` in all.
     pub(super) fn rule(&self, p: &Params, step: &StepOf) -> Rule {
         match self {
-            Self::TopK | Self::BatchTopK | Self::Matryoshka { .. } => Rule::Select,
+            Self::TopK { .. } | Self::BatchTopK | Self::Matryoshka { .. } => Rule::Select,
             Self::Relu { l1, warmup } => Rule::L1(L1 {
                 weight: l1 * step.risen(*warmup),
                 by: (l1 * step.risen(*warmup) / step.variance) as f32,

@@ -44,6 +44,7 @@ mod jumprelu;
 pub mod matryoshka;
 mod relu;
 mod step;
+mod topk;
 
 use demur_kernels::dispatch::{Isa, isa};
 use demur_kernels::ops::dot;

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::architecture::{Rule, StepOf};
 use super::codes::{Codes, Entries};
-use super::{Architecture, Param, Params, StepStats, Trainer, batch_topk, dense, normalise};
+use super::{Architecture, Param, Params, StepStats, Trainer, batch_topk, dense, normalise, topk};
 
 /// Latents of a task of the update.
 const LATENTS: usize = 256;
@@ -72,11 +72,20 @@ pub(super) struct Workspace<E> {
     awake: Vec<bool>,
     /// Where the latents of each level end.
     levels: Vec<u32>,
-    x: Vec<E>,     // [batch, stride], centred
-    g: Vec<E>,     // [batch, levels, stride]
-    g_aux: Vec<E>, // [batch, stride]
+    x: Vec<E>, // [batch, stride], centred
+    g: Vec<E>, // [batch, levels, stride]
     codes: Codes,
-    aux: Codes,
+    /// Dead latents that reconstruct the error.
+    aux: Term<E>,
+    /// Of multi-TopK, the wider selection.
+    wide: Term<E>,
+}
+
+/// Codes that take part in the loss beside the SAE's own.
+#[derive(Debug, Default)]
+struct Term<E> {
+    codes: Codes,
+    g: Vec<E>, // [batch, stride]
 }
 
 /// Parts of `each` elements, and then empty ones.
@@ -139,10 +148,64 @@ struct LatentPart<'a> {
 struct RowPart<'a, E> {
     first: usize,
     g: &'a mut [E],
-    g_aux: &'a mut [E],
     grad: &'a mut [f32],
     own: &'a mut [f32],
-    aux_grad: &'a mut [f32],
+    aux: TermPart<'a, E>,
+    wide: TermPart<'a, E>,
+}
+
+/// A term's rows of a task.
+struct TermPart<'a, E> {
+    codes: &'a Codes,
+    /// Place of the first entry.
+    base: usize,
+    g: &'a mut [E],
+    grad: &'a mut [f32],
+}
+
+impl<E: Element> Term<E> {
+    /// Parts of `each` of `n` rows. `grad` are the gradients to the codes, taken out of them.
+    fn parts<'a>(
+        &'a mut self,
+        grad: &'a mut [f32],
+        n: usize,
+        each: usize,
+        stride: usize,
+    ) -> Vec<TermPart<'a, E>> {
+        let rows = if self.codes.is_empty() { 0 } else { n };
+        self.g.resize(rows * stride, E::default());
+        let (codes, ends) = (&self.codes, self.codes.ends(n, each));
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        parts(&mut self.g, each * stride)
+            .zip(parts_to(grad, &ends))
+            .zip(starts)
+            .map(|((g, grad), base)| TermPart {
+                codes,
+                base,
+                g,
+                grad,
+            })
+            .collect()
+    }
+}
+
+impl<E: Element> TermPart<'_, E> {
+    /// Adds row `r`'s entries to the error `e`, takes gradients from it, and turns it into the gradient
+    /// `by e`, which goes to the part's row `i`. Returns `|e|^2`.
+    fn decode(&mut self, r: usize, i: usize, dec: &[E], by: f32, e: &mut [f32]) -> f64 {
+        let (d, row) = (e.len(), self.codes.row(r));
+        let idx = &self.codes.idx[row.clone()];
+        E::weighted_sum(&self.codes.val[row.clone()], idx, dec, d, e);
+        let square = f64::from(dot(e, e));
+        let grad = &mut self.grad[row.start - self.base..row.end - self.base];
+        for (g, &j) in grad.iter_mut().zip(idx) {
+            *g = by * E::dot(e, &dec[j as usize * d..(j as usize + 1) * d]);
+        }
+        e.iter_mut().for_each(|v| *v *= by);
+        let stride = E::stride(d);
+        E::store(e, &mut self.g[i * stride..i * stride + d]);
+        square
+    }
 }
 
 /// Gradients of a latent's row that are numbers.
@@ -187,9 +250,9 @@ impl<E: Element> Workspace<E> {
             levels: t.cfg.architecture.levels(t.cfg.sae.d_sae),
             x: Vec::new(),
             g: Vec::new(),
-            g_aux: Vec::new(),
             codes: Codes::default(),
-            aux: Codes::default(),
+            aux: Term::default(),
+            wide: Term::default(),
         }
     }
 
@@ -290,9 +353,18 @@ impl<E: Element> Workspace<E> {
         let p = &t.params;
         let encoder = E::encoder(&p.w_enc.w, &self.copies.enc);
         let time = match t.cfg.architecture {
-            Architecture::TopK => self.codes.select(n, k, |idx, val| {
+            Architecture::TopK { multi: false } => self.codes.select(n, k, |idx, val| {
                 E::encode_topk(encoder, &p.b_enc.w, &self.x, d, k, idx, val)
             }),
+            Architecture::TopK { multi: true } => {
+                let (wide, most) = (&mut self.wide.codes, (topk::WIDER * k).min(t.cfg.sae.d_sae));
+                let time = wide.select(n, most, |idx, val| {
+                    E::encode_topk(encoder, &p.b_enc.w, &self.x, d, most, idx, val)
+                });
+                wide.order(t.cfg.sae.d_sae);
+                self.codes.take(&topk::narrowed(wide, n, k));
+                time
+            }
             Architecture::BatchTopK | Architecture::Matryoshka { .. } => {
                 let (rows, time) = batch_topk::encode::<E>(encoder, &p.b_enc.w, &self.x, n, d, k);
                 self.codes.take(&rows);
@@ -306,16 +378,16 @@ impl<E: Element> Workspace<E> {
             }
         };
         if k_aux == 0 {
-            self.aux.clear();
+            self.aux.codes.clear();
             return time;
         }
         let some = E::gather(encoder, d, dead);
         let bias: Vec<f32> = dead.iter().map(|&j| p.b_enc.w[j as usize]).collect();
-        self.aux.select(n, k_aux, |idx, val| {
+        self.aux.codes.select(n, k_aux, |idx, val| {
             E::encode_topk(&some, &bias, &self.x, d, k_aux, idx, val);
             idx.iter_mut().for_each(|i| *i = dead[*i as usize]);
         });
-        self.aux.order(t.cfg.sae.d_sae);
+        self.aux.codes.order(t.cfg.sae.d_sae);
         time
     }
 
@@ -346,37 +418,33 @@ impl<E: Element> Workspace<E> {
     fn decode(&mut self, p: &Params, x: &[f32], variance: f64, weight: f64, rule: &Rule) -> Errors {
         let d = p.b_dec.w.len();
         let (n, stride, levels) = (x.len() / d, E::stride(d), &self.levels);
-        let with_aux = !self.aux.is_empty();
-        if with_aux {
-            self.g_aux.resize(n * stride, E::default());
-        }
         let dec = E::pick(&p.w_dec.w, &self.copies.dec);
         let row_of = |j: u32| &dec[j as usize * d..(j as usize + 1) * d];
         let (by, by_aux) = ((2.0 / variance) as f32, (2.0 * weight / variance) as f32);
-        let aux_stride = if with_aux { stride } else { 0 };
-        let (ends, aux_ends) = (self.codes.ends(n, ROWS), self.aux.ends(n, ROWS));
-        let (mut grad, mut own) = (
-            std::mem::take(&mut self.codes.grad),
-            std::mem::take(&mut self.codes.own),
-        );
-        let mut aux_grad = std::mem::take(&mut self.aux.grad);
+        let by_wide = (2.0 * topk::WEIGHT / variance) as f32;
+        let ends = self.codes.ends(n, ROWS);
+        let mut grads = [&mut self.codes, &mut self.aux.codes, &mut self.wide.codes]
+            .map(|codes| std::mem::take(&mut codes.grad));
+        let [grad, aux_grad, wide_grad] = &mut grads;
+        let mut own = std::mem::take(&mut self.codes.own);
+        let (with_aux, with_wide) = (!self.aux.codes.is_empty(), !self.wide.codes.is_empty());
         let mut rows: Vec<RowPart<'_, E>> = (0..n)
             .step_by(ROWS)
             .zip(parts(&mut self.g, ROWS * levels.len() * stride))
-            .zip(parts(&mut self.g_aux, ROWS * aux_stride))
-            .zip(parts_to(&mut grad, &ends))
+            .zip(parts_to(grad, &ends))
             .zip(parts_to(&mut own, &ends))
-            .zip(parts_to(&mut aux_grad, &aux_ends))
-            .map(|(((((first, g), g_aux), grad), own), aux_grad)| RowPart {
+            .zip(self.aux.parts(aux_grad, n, ROWS, stride))
+            .zip(self.wide.parts(wide_grad, n, ROWS, stride))
+            .map(|(((((first, g), grad), own), aux), wide)| RowPart {
                 first,
                 g,
-                g_aux,
                 grad,
                 own,
-                aux_grad,
+                aux,
+                wide,
             })
             .collect();
-        let (codes, aux) = (&self.codes, &self.aux);
+        let codes = &self.codes;
         let sums: Vec<Errors> = rows
             .par_iter_mut()
             .map(|part| {
@@ -408,18 +476,14 @@ impl<E: Element> Workspace<E> {
                     }
                     sums.error += f64::from(dot(&e[last..], &e[last..]));
                     if with_aux {
-                        let row = aux.row(r);
-                        let base = aux.row(part.first).start;
-                        let (idx, val) = (&aux.idx[row.clone()], &aux.val[row.clone()]);
                         scratch.copy_from_slice(&e[last..]); // - (x - x_hat)
-                        E::weighted_sum(val, idx, dec, d, &mut scratch);
-                        sums.aux += f64::from(dot(&scratch, &scratch));
-                        let grad = &mut part.aux_grad[row.start - base..row.end - base];
-                        for (g, &j) in grad.iter_mut().zip(idx) {
-                            *g = by_aux * E::dot(&scratch, row_of(j));
-                        }
-                        scratch.iter_mut().for_each(|v| *v *= by_aux);
-                        E::store(&scratch, &mut part.g_aux[i * stride..i * stride + d]);
+                        sums.aux += part.aux.decode(r, i, dec, by_aux, &mut scratch);
+                    }
+                    if with_wide {
+                        error_of_none(x, &p.b_dec.w, &mut scratch);
+                        let square = part.wide.decode(r, i, dec, by_wide, &mut scratch);
+                        sums.loss += topk::WEIGHT * square;
+                        axpy(1.0, &scratch, &mut sums.g);
                     }
                     for l in (1..levels.len()).rev() {
                         let (below, above) = e.split_at_mut(l * d);
@@ -462,7 +526,8 @@ impl<E: Element> Workspace<E> {
             })
             .collect();
         drop(rows);
-        (self.codes.grad, self.codes.own, self.aux.grad) = (grad, own, aux_grad);
+        self.codes.own = own;
+        [self.codes.grad, self.aux.codes.grad, self.wide.codes.grad] = grads;
         let mut all = Errors {
             g: vec![0.0f32; d],
             ..Errors::default()
@@ -493,8 +558,11 @@ impl<E: Element> Workspace<E> {
         let mut all: Option<OfLatent> = None;
         let level = self.levels.partition_point(|end| *end as usize <= j);
         let of_codes = (&self.codes, &self.g, self.levels.len(), level, rule);
-        let of_aux = (&self.aux, &self.g_aux, 1, 0, &Rule::Select);
-        for (codes, g, levels, level, rule) in [of_codes, of_aux] {
+        let select = Rule::Select;
+        let (aux, wide) = (&self.aux, &self.wide);
+        let of_aux = (&aux.codes, &aux.g, 1, 0, &select);
+        let of_wide = (&wide.codes, &wide.g, 1, 0, &select);
+        for (codes, g, levels, level, rule) in [of_codes, of_aux, of_wide] {
             let rows = entries.read(codes, j, levels, level);
             if rows.is_empty() {
                 continue;

@@ -78,7 +78,7 @@ fn make_state() -> (Vec<u8>, TrainConfig) {
             hook_name: String::new(),
             model_name: String::new(),
         },
-        architecture: Architecture::TopK,
+        architecture: Architecture::default(),
         batch: 8,
         steps: 4,
         lr: None,

@@ -42,7 +42,7 @@ fn loss(cfg: &TrainConfig, p: &Wide, given: &Wide, x: &[f32], dead: &[usize]) ->
     let mut order: Vec<(usize, usize)> = (0..n).flat_map(|r| (0..m).map(move |j| (r, j))).collect();
     order.sort_by(|a, b| before[b.0][b.1].total_cmp(&before[a.0][a.1]));
     let selected: Vec<(usize, usize)> = match cfg.architecture {
-        Architecture::TopK => {
+        Architecture::TopK { .. } => {
             let of_row = |r: usize| order.iter().filter(move |e| e.0 == r).take(k);
             (0..n).flat_map(of_row).copied().collect()
         }
@@ -58,10 +58,19 @@ fn loss(cfg: &TrainConfig, p: &Wide, given: &Wide, x: &[f32], dead: &[usize]) ->
             false => 0.0,
         };
         match &cfg.architecture {
-            Architecture::TopK | Architecture::BatchTopK | Architecture::Matryoshka { .. } => {
+            Architecture::TopK { .. }
+            | Architecture::BatchTopK
+            | Architecture::Matryoshka { .. } => {
                 let f: Vec<f64> = (0..m).map(keep).collect();
                 for end in cfg.architecture.levels(m) {
                     total += square(&f, w_dec, end as usize, e, d);
+                }
+                if cfg.architecture == (Architecture::TopK { multi: true }) {
+                    let mut wide = vec![0.0; m];
+                    for (_, j) in order.iter().filter(|e| e.0 == r).take(4 * k) {
+                        wide[*j] = now[*j].max(0.0);
+                    }
+                    total += square(&wide, w_dec, m, e, d) / 8.0;
                 }
                 let k_aux = (d / 2).min(dead.len());
                 let weight = cfg.auxk_alpha * (dead.len() as f64 / (d / 2) as f64).min(1.0);
@@ -195,7 +204,7 @@ fn check(cfg: TrainConfig) {
 fn gradients_match_finite_differences() {
     let cfg = TrainConfig {
         precision: Precision::F32,
-        ..config(6, 10, 3, 16, 10)
+        ..config(6, 10, 2, 16, 10)
     };
     for mut cfg in architectures(&cfg) {
         if let Architecture::JumpRelu { bandwidth, .. } = &mut cfg.architecture {
