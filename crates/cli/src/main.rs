@@ -1,6 +1,7 @@
 //! The binary `demur`: its table of contents.
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod catalogue;
 mod cmd;
 mod exit;
@@ -10,6 +11,7 @@ mod progress;
 mod report;
 mod resident;
 mod study;
+mod training_log;
 
 use std::process::ExitCode;
 

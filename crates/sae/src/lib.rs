@@ -15,6 +15,7 @@
 
 pub mod activations;
 pub mod arch;
+pub mod compare;
 mod error;
 pub mod formats;
 pub mod metrics;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use demur_kernels::limits::product_gflops;
 use demur_sae::SaeConfig;
-use demur_sae::train::{Precision, Rows, ScaledRows, Timing, TrainConfig, Trainer};
+use demur_sae::train::{Architecture, Precision, Rows, ScaledRows, Timing, TrainConfig, Trainer};
 use serde_json::json;
 
 use super::bench::median;
@@ -59,6 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
             hook_name: String::new(),
             model_name: "noise".to_owned(),
         },
+        architecture: Architecture::default(),
         batch: n,
         steps: 1 << 20,
         lr: None,

@@ -17,5 +17,6 @@ pub mod pull;
 pub mod reference;
 pub mod report;
 pub mod sae;
+pub mod sae_eval;
 pub mod sae_fit;
 pub mod study;

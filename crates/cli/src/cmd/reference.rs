@@ -160,17 +160,9 @@ fn study(schema: &Value) -> Result<String> {
     let fields = schema["properties"]
         .as_object()
         .context("the schema has no keys")?;
-    let is_section = |v: &Value| {
-        page.named(v)
-            .is_some_and(|(_, t)| t["properties"].is_object())
-    };
     out.push_str("\n## At the top\n\n");
-    page.table(&mut out, schema, &|v| !is_section(v));
-    for (name, field) in fields.iter().filter(|(_, v)| is_section(v)) {
-        let (_, ty) = page.named(field).context("a section without a type")?;
-        let _ = writeln!(out, "\n## [{name}]\n\n{}\n", description(field));
-        page.table(&mut out, ty, &|_| true);
-    }
+    page.table(&mut out, schema);
+    page.sections(&mut out, fields, "");
     out.push_str("\n## Choices\n");
     for (name, ty) in page.types {
         let Some(variants) = ty["oneOf"].as_array() else {
@@ -196,11 +188,33 @@ impl Types<'_> {
         self.types.get_key_value(name).map(|(k, v)| (k.as_str(), v))
     }
 
-    fn table(&self, out: &mut String, of: &Value, keep: &dyn Fn(&Value) -> bool) {
+    /// The type of a field that is a section of its own.
+    fn section(&self, field: &Value) -> Option<&Value> {
+        let (_, ty) = self.named(field)?;
+        ty["properties"].is_object().then_some(ty)
+    }
+
+    /// The sections among `fields`, each with those within it.
+    fn sections(&self, out: &mut String, fields: &Map<String, Value>, above: &str) {
+        for (name, field) in fields {
+            let Some(ty) = self.section(field) else {
+                continue;
+            };
+            let name = format!("{above}{name}");
+            let _ = writeln!(out, "\n## [{name}]\n\n{}\n", description(field));
+            self.table(out, ty);
+            if let Some(fields) = ty["properties"].as_object() {
+                self.sections(out, fields, &format!("{name}."));
+            }
+        }
+    }
+
+    /// The fields that are no sections.
+    fn table(&self, out: &mut String, of: &Value) {
         let required = of["required"].as_array().cloned().unwrap_or_default();
         out.push_str("| key | type | default | meaning |\n| --- | --- | --- | --- |\n");
         for (key, field) in of["properties"].as_object().into_iter().flatten() {
-            if !keep(field) {
+            if self.section(field).is_some() {
                 continue;
             }
             let default = if required.iter().any(|r| r == key) {

@@ -1,4 +1,4 @@
-//! `demur sae`: train one, show one, or convert one between formats.
+//! `demur sae`: train one, show, measure, compare or convert.
 
 use std::path::{Path, PathBuf};
 
@@ -26,6 +26,8 @@ Examples:
   demur sae info runs/quickstart-sae/train/sae   what it is, its sums checked
   demur sae info params.npz                      of any format that is read
   demur sae convert ae.pt my-sae                 to the SAELens layout
+  demur sae fit a.safetensors --architecture batchtopk
+  demur sae eval my-sae --activations b.safetensors --model MODEL
 
 Training that was stopped goes on where it was: run the same command again.";
 
@@ -51,6 +53,14 @@ enum Action {
     ///
     /// Training that was stopped goes on where it was: run the same command again.
     Fit(super::sae_fit::Args),
+    /// Measure an SAE on held-out activations, and what it costs a model that reads its reconstructions.
+    ///
+    /// FVU, FVE, L0, dead latents, densities and the mean cosine; with a model, cross-entropy and KL
+    /// divergence with the reconstruction patched in at the SAE's site, beside the model as it is and an
+    /// ablation, on text and on chats apart.
+    Eval(super::sae_eval::EvalArgs),
+    /// Compare two SAEs: settings, and which decoder rows of one the other has.
+    Diff(super::sae_eval::DiffArgs),
     /// Show an SAE of any format, its sums checked if it has a manifest.
     Info {
         /// Its folder, or its file.
@@ -92,6 +102,8 @@ pub fn run(args: Args) -> Result<()> {
             json,
         } => train(&study, &sets, runs, json),
         Action::Fit(args) => super::sae_fit::run(&args),
+        Action::Eval(args) => super::sae_eval::run(&args),
+        Action::Diff(args) => super::sae_eval::diff(&args),
         Action::Info { path, json } => info(&path, json),
         Action::Convert {
             from,

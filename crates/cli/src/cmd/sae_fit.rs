@@ -1,6 +1,5 @@
-//! `demur sae fit`: a TopK SAE on harvested activations.
+//! `demur sae fit`: an SAE on harvested activations.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -11,14 +10,13 @@ use demur_sae::train::{Precision, Rows, ScaledRows, StepStats, TrainConfig, Trai
 use demur_sae::{SaeConfig, activations};
 use serde_json::{Value, json};
 
+use crate::architecture::{ArchitectureConfig, auxk_alpha};
 use crate::exit;
 use crate::progress::{Progress, say};
-use crate::study::write_atomic;
+use crate::training_log::TrainingLog;
 
 /// What training needs to go on, in the output's folder.
 const STATE: &str = "state.bin";
-/// One JSON object a step.
-const METRICS: &str = "metrics.jsonl";
 /// Rows that are coded together when quality is measured.
 const HELD_OUT_ROWS: usize = 1024;
 
@@ -29,7 +27,7 @@ pub struct Args {
     /// Another, to measure quality on.
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
-    /// Folder for `sae/`, `metrics.jsonl`, and the state until training has ended.
+    /// Folder for `sae/`, `metrics.jsonl`, a TensorBoard event file, and the state until training has ended.
     #[arg(long, short, default_value = "fit")]
     out: PathBuf,
     /// Latents for each dimension of the activations.
@@ -38,7 +36,10 @@ pub struct Args {
     /// Number of latents, instead of --expansion.
     #[arg(long)]
     d_sae: Option<usize>,
-    /// Latents active at once.
+    #[command(flatten)]
+    architecture: ArchitectureConfig,
+    /// Latents active at once: of topk exactly, of batchtopk and matryoshka on average; what jumprelu aims
+    /// at.
     #[arg(long, default_value_t = 32)]
     k: usize,
     /// Rows a step.
@@ -56,9 +57,10 @@ pub struct Args {
     /// Fraction of the steps, at the end, over which it falls to 0.
     #[arg(long, default_value_t = 0.25)]
     decay: f64,
-    /// Weight of the loss that revives dead latents; 0 leaves it out.
-    #[arg(long, default_value_t = 1.0 / 32.0)]
-    auxk_alpha: f64,
+    /// Weight of the loss that revives dead latents, 0 to leave it out; 1/32 for topk, batchtopk and
+    /// matryoshka, if not given. The others have none.
+    #[arg(long)]
+    auxk_alpha: Option<f64>,
     /// Rows without firing after which a latent is dead; those of one pass, if not given.
     #[arg(long)]
     dead_after: Option<u64>,
@@ -92,10 +94,12 @@ pub fn run(args: &Args) -> Result<()> {
     let mut rows = ScaledRows::new(rows, args.outlier, args.seed);
     let batch = args.batch.min(rows.len().max(1));
     let steps = (rows.len() / batch) as f64 * args.epochs;
+    let d_sae = args.d_sae.unwrap_or(d * args.expansion);
+    let architecture = args.architecture.resolve(args.k, d_sae)?;
     let cfg = TrainConfig {
         sae: SaeConfig {
             d_model: d,
-            d_sae: args.d_sae.unwrap_or(d * args.expansion),
+            d_sae,
             k: args.k,
             hook_name: file.site.unwrap_or_default(),
             model_name: file.model.unwrap_or_default(),
@@ -105,7 +109,8 @@ pub fn run(args: &Args) -> Result<()> {
         lr: args.lr,
         warmup_steps: args.warmup,
         decay: args.decay,
-        auxk_alpha: args.auxk_alpha,
+        auxk_alpha: auxk_alpha(args.auxk_alpha, &architecture),
+        architecture,
         dead_after: args.dead_after.unwrap_or(rows.len() as u64),
         outlier: args.outlier,
         seed: args.seed,
@@ -128,7 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
     let seconds = started.1.elapsed().as_secs_f64();
     let training = json!({
         "rows": rows.len(), "steps": cfg.steps, "batch": batch, "epochs": args.epochs,
-        "seed": args.seed, "final_fvu": last["fvu"], "demur": env!("CARGO_PKG_VERSION"),
+        "seed": args.seed, "architecture": cfg.architecture, "final_fvu": last["fvu"], "demur": env!("CARGO_PKG_VERSION"),
     });
     let sae = trainer.finish()?;
     let folder = args.out.join("sae");
@@ -176,44 +181,24 @@ fn train(
     rows: &mut ScaledRows<'_>,
     state: &Path,
 ) -> Result<Value> {
-    let path = args.out.join(METRICS);
-    let mut last = kept_metrics(&path, trainer.steps_done())?;
+    let done = trainer.steps_done();
+    let (mut log, mut last) = TrainingLog::open(&args.out, done, &cfg.sae)?;
     let bar = Progress::new("train", "steps", cfg.steps as u64);
     bar.advance(trainer.steps_done() as u64);
     let mut x = Vec::new();
-    let mut log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(&path)?;
     while trainer.steps_done() < cfg.steps {
         rows.batch(trainer.steps_done(), cfg.batch, &mut x);
         let clock = Instant::now();
         let s: StepStats = trainer.step(&x);
-        last = serde_json::to_value(s)?;
-        last["vectors_per_s"] = json!(cfg.batch as f64 / clock.elapsed().as_secs_f64());
-        writeln!(log, "{last}")?;
+        last = log.add(&s, cfg.batch as f64 / clock.elapsed().as_secs_f64())?;
         bar.advance(1);
         bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
         let due = s.step.is_multiple_of(args.checkpoint_every.max(1));
         if due || s.step == cfg.steps {
-            log.sync_all()?;
+            log.sync()?;
             trainer.save(state)?;
         }
     }
     bar.finish();
     Ok(last)
-}
-
-/// Cuts the metrics to the lines up to step `done`, as what came after the state that was saved is done
-/// again; returns the last.
-fn kept_metrics(path: &Path, done: usize) -> Result<Value> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let lines: Vec<Value> = text
-        .lines()
-        .filter_map(|l| serde_json::from_str(l).ok())
-        .filter(|v: &Value| v["step"].as_u64().is_some_and(|s| s <= done as u64))
-        .collect();
-    let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
-    write_atomic(path, text.as_bytes())?;
-    Ok(lines.last().cloned().unwrap_or(Value::Null))
 }

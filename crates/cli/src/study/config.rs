@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use demur_model::hooks::Site;
 
+use crate::architecture::ArchitectureConfig;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::exit::Hinted;
 
@@ -146,8 +147,11 @@ pub struct CorpusConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Latents active at once on a token.
+    /// Latents active at once on a token; on average for some architectures.
     pub k: usize,
+    /// What makes latents active: by default TopK.
+    #[serde(skip_serializing_if = "ArchitectureConfig::is_default")]
+    pub architecture: ArchitectureConfig,
     /// Latents as a multiple of the residual stream's width.
     pub expansion: f64,
     /// Latents; overrides `expansion`.
@@ -158,8 +162,9 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Adam's peak learning rate; by the number of latents, if absent.
     pub lr: Option<f64>,
-    /// Weight of the auxiliary loss that revives dead latents; 0 turns it off.
-    pub auxk_alpha: f64,
+    /// Weight of the auxiliary loss that revives dead latents, 0 to turn it off; 1/32 where latents are
+    /// selected by `k`, if absent. The other architectures have none.
+    pub auxk_alpha: Option<f64>,
     /// Steps over which the learning rate rises from zero to its peak.
     pub warmup_steps: usize,
 }
@@ -378,12 +383,13 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             k: 32,
+            architecture: ArchitectureConfig::default(),
             expansion: 8.0,
             d_sae: None,
             epochs: 4.0,
             batch: 2048,
             lr: None,
-            auxk_alpha: 1.0 / 32.0,
+            auxk_alpha: None,
             warmup_steps: 100,
         }
     }
@@ -531,7 +537,7 @@ impl Study {
             ("train.expansion", t.expansion, false),
             ("train.epochs", t.epochs, false),
             ("train.lr", t.lr.unwrap_or(1.0), false),
-            ("train.auxk_alpha", t.auxk_alpha, true),
+            ("train.auxk_alpha", t.auxk_alpha.unwrap_or(0.0), true),
             (
                 "corpus.temperature",
                 f64::from(self.corpus.temperature),
@@ -544,6 +550,11 @@ impl Study {
                 bail!("{key} = {value}: it must be a positive number");
             }
         }
+        // Sizes that are not given are those of the model, which is not known here.
+        let d_sae = t.d_sae.unwrap_or(usize::MAX);
+        t.architecture
+            .resolve(t.k, d_sae)
+            .context("train.architecture")?;
         if !d.clamp.is_finite() {
             bail!("discovery.clamp = {}: it must be finite", d.clamp);
         }

@@ -367,7 +367,10 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
     let sae = match study.sae.source {
         SaeSource::Shipped => format!("load the shipped SAE '{}'", study.sae.name),
         SaeSource::Path => format!("load the SAE in {}", study.sae.name),
-        SaeSource::Train => format!("train a TopK SAE, k = {}", study.train.k),
+        SaeSource::Train => {
+            let (name, k) = (study.train.architecture.name, study.train.k);
+            format!("train a {name:?} SAE, k = {k}")
+        }
     };
     let arms: Vec<_> = study.evaluate.arms.iter().map(|a| a.name()).collect();
     let folder = runs.join(&study.name);

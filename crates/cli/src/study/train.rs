@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::record::{CurvePoint, HeldOut};
@@ -17,7 +18,9 @@ use serde_json::json;
 use super::config::SaeSource;
 use super::corpus::{Corpus, read_sequences};
 use super::{StudyContext, shipped};
+use crate::architecture::auxk_alpha;
 use crate::progress::Progress;
+use crate::training_log::TrainingLog;
 
 /// Steps between checkpoints.
 const CHECKPOINT_EVERY: usize = 100;
@@ -123,10 +126,15 @@ fn train(
     let steps = ((rows.len() as f64 * t.epochs) / batch as f64)
         .ceil()
         .max(1.0) as usize;
+    let d_sae = t.d_sae.unwrap_or((d as f64 * t.expansion) as usize);
+    let architecture = t
+        .architecture
+        .resolve(t.k, d_sae)
+        .context("train.architecture")?;
     let cfg = TrainConfig {
         sae: SaeConfig {
             d_model: d,
-            d_sae: t.d_sae.unwrap_or((d as f64 * t.expansion) as usize),
+            d_sae,
             k: t.k,
             hook_name: c.site.to_string(),
             model_name: c.study.model.name.clone(),
@@ -136,7 +144,8 @@ fn train(
         lr: t.lr,
         warmup_steps: t.warmup_steps.min(steps / 5 + 1),
         decay: 0.25,
-        auxk_alpha: t.auxk_alpha,
+        auxk_alpha: auxk_alpha(t.auxk_alpha, &architecture),
+        architecture,
         dead_after: rows.len() as u64,
         outlier: OUTLIER,
         seed: c.study.seed,
@@ -154,12 +163,15 @@ fn train(
         .and_then(|b| serde_json::from_slice(&b).ok())
         .unwrap_or_default();
     curve.retain(|p: &CurvePoint| p.step <= trainer.steps_done());
+    let (mut log, _) = TrainingLog::open(scratch, trainer.steps_done(), &cfg.sae)?;
     let bar = Progress::new("train", "steps", steps as u64);
     bar.advance(trainer.steps_done() as u64);
     let mut x = Vec::new();
     while trainer.steps_done() < steps {
         rows.batch(trainer.steps_done(), batch, &mut x);
+        let clock = Instant::now();
         let s = trainer.step(&x);
+        log.add(&s, batch as f64 / clock.elapsed().as_secs_f64())?;
         bar.advance(1);
         bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
         if s.step % (steps / 100).max(1) == 0 || s.step == steps {
@@ -172,6 +184,7 @@ fn train(
             });
         }
         if s.step % CHECKPOINT_EVERY == 0 || s.step == steps {
+            log.sync()?;
             super::write_atomic(&curve_file, &serde_json::to_vec(&curve)?)?;
             trainer.save(&state)?;
         }

@@ -24,7 +24,7 @@ fn piped(place: &Place, args: &[&str], text: &str) -> Ended {
 #[test]
 fn help_teaches_every_argument() {
     let place = Place::new();
-    let commands: [&[&str]; 28] = [
+    let commands: [&[&str]; 30] = [
         &[],
         &["study"],
         &["report"],
@@ -38,6 +38,8 @@ fn help_teaches_every_argument() {
         &["sae", "train"],
         &["sae", "info"],
         &["sae", "fit"],
+        &["sae", "eval"],
+        &["sae", "diff"],
         &["sae", "convert"],
         &["features"],
         &["plan"],

@@ -30,8 +30,8 @@ impl Trainer {
         bytes.append(&mut body);
         bytes.extend((self.step as u64).to_le_bytes());
         bytes.extend(self.scale.to_le_bytes());
-        let p = &self.params;
-        for p in [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec] {
+        bytes.extend(self.threshold.to_le_bytes());
+        for p in self.params.all() {
             for v in [&p.w, &p.m, &p.v] {
                 bytes.extend(v.iter().flat_map(|x| x.to_le_bytes()));
             }
@@ -88,7 +88,9 @@ impl Trainer {
             return Err(format("it is of a run with another config"));
         }
         let step = u64_of(take(8)?) as usize;
-        let scale = f32::from_le_bytes(take(4)?.try_into().unwrap_or_default());
+        let mut number =
+            || Ok::<_, SaeError>(f32::from_le_bytes(take(4)?.try_into().unwrap_or_default()));
+        let (scale, threshold) = (number()?, number()?);
         let (d, m) = (cfg.sae.d_model, cfg.sae.d_sae);
         let mut vector = |n: usize| -> Result<Vec<f32>, SaeError> {
             let (values, _) = take(n * 4)?.as_chunks::<4>();
@@ -102,6 +104,9 @@ impl Trainer {
             })
         };
         let (w_enc, w_dec, b_enc, b_dec) = (param(m * d)?, param(m * d)?, param(m)?, param(d)?);
+        let extra = (0..cfg.architecture.n_extra())
+            .map(|_| param(m))
+            .collect::<Result<_, _>>()?;
         let (idle, _) = take(m * 8)?.as_chunks::<8>();
         let idle = idle.iter().map(|b| u64::from_le_bytes(*b)).collect();
         Ok(Self {
@@ -113,8 +118,10 @@ impl Trainer {
                 w_dec,
                 b_enc,
                 b_dec,
+                extra,
             },
             idle,
+            threshold,
             engine: None,
             timing: Timing::default(),
         })

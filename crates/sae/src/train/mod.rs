@@ -1,6 +1,7 @@
-//! Training a TopK SAE, with gradients by hand.
+//! Training SAEs, with gradients by hand: one trainer, and an [`Architecture`] with a file of equations
+//! each.
 //!
-//! For a batch `x` of `n` rows with codes `v`, reconstruction `x_hat` and error `e = x_hat - x`:
+//! For TopK, and a batch `x` of `n` rows with codes `v`, reconstruction `x_hat` and error `e = x_hat - x`:
 //!
 //! ```text
 //! loss    = sum |e|^2 / V  +  alpha s sum |e_aux|^2 / V,      V = sum |x - mean(x)|^2
@@ -18,7 +19,8 @@
 //!
 //! # Cost
 //!
-//! Only the encoder's forward product is dense, and its result is never stored ([`demur_kernels::encoder`]).
+//! Only the encoder's forward product is dense, and its result is never stored: where activations are
+//! selected it is one pass ([`demur_kernels::encoder`]), elsewhere it is made by tiles of rows.
 //! Entries are sorted by latent, and then one pass over the latents forms each one's gradients in a
 //! buffer of two rows and takes its Adam step at once: no gradient matrix exists. A latent whose
 //! moments are all zero and that has no entry is not touched. Sums run in a fixed order, so a run has
@@ -31,9 +33,18 @@
 //! the decoder stays of unit norm, and activations are in units of the residual stream. Rows whose
 //! norm exceeds `outlier` times the median (attention sinks at the first position) are left out.
 
+mod architecture;
+mod batch_topk;
 mod checkpoint;
+mod codes;
 mod data;
+mod dense;
+mod gated;
+mod jumprelu;
+pub mod matryoshka;
+mod relu;
 mod step;
+mod topk;
 
 use demur_kernels::dispatch::{Isa, isa};
 use demur_kernels::ops::dot;
@@ -42,8 +53,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::arch::Wiring;
 use crate::error::SaeError;
 use crate::sae::{Sae, SaeConfig};
+pub use architecture::Architecture;
 pub use data::{Rows, ScaledRows};
 pub use step::Timing;
 use step::Workspace;
@@ -51,8 +64,11 @@ use step::Workspace;
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainConfig {
-    /// What is trained.
+    /// What is trained. `k` is used by those architectures that select by it ([`Architecture::selects`]).
     pub sae: SaeConfig,
+    /// How latents become active, and what the loss is.
+    #[serde(default)]
+    pub architecture: Architecture,
     /// Rows a step.
     pub batch: usize,
     /// Steps in all.
@@ -63,7 +79,7 @@ pub struct TrainConfig {
     pub warmup_steps: usize,
     /// Fraction of the steps, at the end, over which it falls to 0.
     pub decay: f64,
-    /// Weight of the auxiliary term; 0 leaves it out.
+    /// Weight of the auxiliary term; 0 leaves it out, and must be 0 where nothing is selected by `k`.
     pub auxk_alpha: f64,
     /// Rows without firing after which a latent is dead.
     pub dead_after: u64,
@@ -99,6 +115,8 @@ pub struct StepStats {
     pub loss: f64,
     /// Fraction of the batch's variance unexplained.
     pub fvu: f64,
+    /// Mean number of active latents a row.
+    pub l0: f64,
     /// Fraction of latents that are dead.
     pub dead: f64,
     /// Learning rate.
@@ -130,6 +148,16 @@ struct Params {
     w_dec: Param, // [d_sae, d_model]
     b_enc: Param,
     b_dec: Param,
+    /// What the architecture adds for each latent, `[d_sae]` each.
+    extra: Vec<Param>,
+}
+
+impl Params {
+    fn all(&self) -> impl Iterator<Item = &Param> {
+        [&self.w_enc, &self.w_dec, &self.b_enc, &self.b_dec]
+            .into_iter()
+            .chain(&self.extra)
+    }
 }
 
 /// A training run between two steps.
@@ -140,6 +168,8 @@ pub struct Trainer {
     step: usize,
     params: Params,
     idle: Vec<u64>, // rows since each latent fired
+    /// The threshold of inference, where a batch is selected together; below zero it is not set.
+    threshold: f32,
     /// Made of the state when a step needs it.
     engine: Option<Engine>,
     timing: Timing,
@@ -154,12 +184,9 @@ enum Engine {
 
 impl Engine {
     fn new(t: &Trainer) -> Self {
-        let d = t.cfg.sae.d_model;
         match t.cfg.precision {
-            Precision::Bf16 if isa() >= Isa::Avx512 => {
-                Self::Bf16(Workspace::new(&t.params, d, true))
-            }
-            _ => Self::F32(Workspace::new(&t.params, d, false)),
+            Precision::Bf16 if isa() >= Isa::Avx512 => Self::Bf16(Workspace::new(t, true)),
+            _ => Self::F32(Workspace::new(t, false)),
         }
     }
 }
@@ -199,6 +226,7 @@ impl Trainer {
         if cfg.lr.is_some_and(|lr| !(lr.is_finite() && lr > 0.0)) {
             return bad("lr", format!("{:?}", cfg.lr), "must be positive");
         }
+        cfg.architecture.check(&cfg)?;
         let mut rng = ChaCha8Rng::seed_from_u64(cfg.seed);
         let mut w = vec![0.0f32; m * d];
         for row in w.chunks_exact_mut(d) {
@@ -208,16 +236,19 @@ impl Trainer {
             }
             normalise(row);
         }
+        let gain = cfg.architecture.encoder_gain(d, m);
         Ok(Self {
             scale: data.scale(),
             step: 0,
             params: Params {
-                w_enc: Param::new(w.clone()),
+                w_enc: Param::new(w.iter().map(|v| v * gain).collect()),
                 w_dec: Param::new(w),
                 b_enc: Param::new(vec![0.0; m]),
                 b_dec: Param::new(data.mean()),
+                extra: cfg.architecture.extra(d, m),
             },
             idle: vec![0; m],
+            threshold: -1.0,
             cfg,
             engine: None,
             timing: Timing::default(),
@@ -267,26 +298,36 @@ impl Trainer {
 
     /// Bytes of the weights and the optimiser's moments, and of the copies of the weights in bf16.
     pub fn bytes(&self) -> (usize, usize) {
-        let p = &self.params;
-        let params = [&p.w_enc, &p.w_dec, &p.b_enc, &p.b_dec];
         let copies = match &self.engine {
             Some(Engine::Bf16(work)) => work.copied_bytes(),
             _ => 0,
         };
-        let state = params.iter().map(|p| 3 * size_of_val(&p.w[..])).sum();
+        let state = self.params.all().map(|p| 3 * size_of_val(&p.w[..])).sum();
         (state, copies)
     }
 
     /// The SAE so far, for raw rows: the input scale folded out.
     ///
     /// # Errors
-    /// [`SaeError::Config`] if training diverged.
+    /// [`SaeError::Config`] if training diverged, or if there was no step that a threshold could be
+    /// estimated in.
     pub fn finish(&self) -> Result<Sae, SaeError> {
         let unscaled = |v: &[f32]| v.iter().map(|x| x / self.scale).collect();
-        Sae::new(
-            self.cfg.sae.clone(),
-            self.params.w_enc.w.clone(),
-            unscaled(&self.params.b_enc.w),
+        let (arch, p) = (&self.cfg.architecture, &self.params);
+        let mut cfg = self.cfg.sae.clone();
+        if !arch.selects() {
+            cfg.k = cfg.d_sae;
+        }
+        let b_enc = match arch {
+            Architecture::Gated { .. } => vec![0.0; cfg.d_sae],
+            _ => unscaled(&p.b_enc.w),
+        };
+        Sae::of(
+            cfg,
+            arch.activation(self.cfg.sae.k, self.threshold, p, self.scale),
+            Wiring::default(),
+            p.w_enc.w.clone(),
+            b_enc,
             self.params.w_dec.w.clone(),
             unscaled(&self.params.b_dec.w),
         )

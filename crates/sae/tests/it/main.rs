@@ -6,7 +6,7 @@ mod formats;
 use std::sync::LazyLock;
 
 use demur_sae::saelens::{self, Files, WeightType};
-use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{Architecture, Precision, Rows, ScaledRows, TrainConfig, Trainer};
 use demur_sae::{Sae, SaeConfig};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -78,6 +78,7 @@ fn make_state() -> (Vec<u8>, TrainConfig) {
             hook_name: String::new(),
             model_name: String::new(),
         },
+        architecture: Architecture::default(),
         batch: 8,
         steps: 4,
         lr: None,
