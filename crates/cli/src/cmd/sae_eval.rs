@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Passage};
 use demur_eval::text::{self, PassageScore};
-use demur_features::harvest::{Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest};
 use demur_model::chat::Message;
 use demur_model::decoder::Workspace;
 use demur_model::hooks::{Role, Site};
@@ -184,10 +184,17 @@ fn patched(
 ) -> Result<Value> {
     let d = sae.d_model();
     let mut data = Vec::new();
-    harvest(&loaded.model, site, sequences, BATCH_TOKENS, |_, x| {
-        data.extend_from_slice(&x[d.min(x.len())..]);
-        Ok(())
-    })?;
+    harvest(
+        &loaded.model,
+        site,
+        sequences,
+        BATCH_TOKENS,
+        Products::Int8,
+        |_, x| {
+            data.extend_from_slice(&x[d.min(x.len())..]);
+            Ok(())
+        },
+    )?;
     let mut out = quality(sae, &data, args.outlier)?;
     let constant = match args.ablation {
         Ablation::Zero => vec![0.0; d],
