@@ -9,26 +9,26 @@ use super::{Kind, Packed, STRIP, Sums, vnni};
 use crate::encoder::{Tile, amx};
 
 /// This thread's tiles while a task uses them; given back at its end, so that the system need not save them.
-pub(super) struct Session(());
+pub(super) struct Configured(());
 
-impl Session {
+impl Configured {
     pub(super) fn new() -> Self {
         amx::configure();
         Self(())
     }
 }
 
-impl Drop for Session {
+impl Drop for Configured {
     fn drop(&mut self) {
         amx::release();
     }
 }
 
 /// Sums of two panels (of a single one twice) for a strip.
-pub(super) fn strip(_: &Session, w: [&[Tile]; 2], x: [&[Tile]; 2], sums: &mut Sums) {
+pub(super) fn strip(_: &Configured, w: [&[Tile]; 2], x: [&[Tile]; 2], sums: &mut Sums) {
     const { assert!(STRIP == 32) }
     let [first, second] = sums.each_mut().map(|s| s.as_mut_ptr().cast::<f32>());
-    // SAFETY: the session set the tiles up; a panel's sums are 32 rows of 16.
+    // SAFETY: the tiles are set up; a panel's sums are 32 rows of 16.
     unsafe {
         let to = [first, second];
         let below = to.map(|s| s.add(16 * 16));

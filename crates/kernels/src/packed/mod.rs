@@ -231,7 +231,7 @@ enum Way {
     Unpacked,
     /// In bf16.
     #[cfg(target_arch = "x86_64")]
-    Bf16(bf16::Session),
+    Bf16(bf16::Configured),
 }
 
 /// Some panels of a matrix, made ready for strips of activations.
@@ -256,7 +256,7 @@ impl<'a> Ready<'a> {
             #[cfg(target_arch = "x86_64")]
             Products::Bf16 => {
                 scratch.dequantise(w, panels);
-                Way::Bf16(bf16::Session::new())
+                Way::Bf16(bf16::Configured::new())
             }
             _ if n <= IN_REGISTERS && isa() >= Isa::Avx512 => Way::Packed,
             _ => {
@@ -277,10 +277,10 @@ impl<'a> Ready<'a> {
         let w = self.w;
         match (x, &self.way) {
             #[cfg(target_arch = "x86_64")]
-            (Strip::Bf16(x, _), Way::Bf16(session)) => {
+            (Strip::Bf16(x, _), Way::Bf16(configured)) => {
                 let pair = [panels.start, panels.end - 1];
                 let pair = pair.map(|p| self.scratch.tiles(w, p - self.first));
-                bf16::strip(session, pair, x, sums);
+                bf16::strip(configured, pair, x, sums);
             }
             (Strip::Int8(x), Way::Packed) => {
                 for (panel, sums) in panels.zip(sums) {
