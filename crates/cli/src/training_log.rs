@@ -20,7 +20,7 @@
 //! `dead_pct/<site>`.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -51,7 +51,7 @@ impl TrainingLog {
     pub fn open(folder: &Path, done: usize, sae: &SaeConfig) -> Result<(Self, Value)> {
         let (metrics, events) = (folder.join(METRICS), folder.join(EVENTS));
         let last = cut_metrics(&metrics, done)?;
-        let before = std::fs::read(&events).unwrap_or_default();
+        let before = read(&events)?;
         let mut kept = before[..kept(&before, done)].to_vec();
         if kept.is_empty() {
             record(&event(now(), 0, Some(VERSION), &[]), &mut kept);
@@ -101,12 +101,20 @@ impl TrainingLog {
     }
 }
 
+/// What a log holds; nothing if there is none yet.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.with_context(|| format!("read {}", path.display())),
+    }
+}
+
 /// Cuts the metrics to the lines up to step `done`; returns the last.
 fn cut_metrics(path: &Path, done: usize) -> Result<Value> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let lines: Vec<Value> = text
-        .lines()
-        .filter_map(|l| serde_json::from_str(l).ok())
+    let bytes = read(path)?;
+    let lines: Vec<Value> = bytes
+        .split(|b| *b == b'\n')
+        .filter_map(|l| serde_json::from_slice(l).ok())
         .filter(|v: &Value| v["step"].as_u64().is_some_and(|s| s <= done as u64))
         .collect();
     let text: String = lines.iter().map(|l| format!("{l}\n")).collect();

@@ -448,7 +448,7 @@ pub fn verdict(arms: &[ArmResult], steered: &[&str]) -> VerdictText {
     ];
     if on_safe.lo > base_safe.hi {
         lines.push(
-            "The price is over-refusal: without a gate the clamp refuses safe look-alikes too."
+            "The price is over-refusal: safe look-alikes are refused more often than by base, too."
                 .to_owned(),
         );
     }

@@ -81,7 +81,7 @@ pub fn mean_kl(base: &[Vec<f32>], arm: &[Vec<f32>]) -> f64 {
 }
 
 /// KL(p || q) of two rows of logits, nats; never negative but for rounding.
-pub fn kl(p: &[f32], q: &[f32]) -> f64 {
+fn kl(p: &[f32], q: &[f32]) -> f64 {
     let norm = |row: &[f32]| {
         let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         f64::from(max)

@@ -4,9 +4,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use demur_features::causal::kl;
+use demur_eval::text;
 use demur_kernels::linear::Products;
-use demur_kernels::ops::log_softmax_at;
 use demur_model::decoder::{Capture, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::Role;
 use demur_model::tokenizer::Special;
@@ -26,13 +25,13 @@ pub(super) fn figures(
     fast: &Loaded,
     texts: &[impl AsRef<Path>],
 ) -> Result<Vec<(&'static str, f64)>> {
-    let mut text = String::new();
+    let mut whole = String::new();
     for path in texts {
         let path = path.as_ref();
-        text +=
+        whole +=
             &std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     }
-    let mut tokens = fast.tokenizer.encode(&text, Special::AsText)?;
+    let mut tokens = fast.tokenizer.encode(&whole, Special::AsText)?;
     tokens.truncate(TOKENS);
     let window = WINDOW.min(fast.model.spec().context);
     ensure!(
@@ -50,20 +49,17 @@ pub(super) fn figures(
     let bar = Progress::new("text", "tokens", tokens.len() as u64);
     let mut workspaces = ways.map(|_| Workspace::default());
     for tokens in tokens.chunks(window).filter(|t| t.len() > 1) {
-        let mut rows = Vec::with_capacity(ways.len());
-        for ((model, products), ws) in ways.into_iter().zip(&mut workspaces) {
-            rows.push(logits(model, products, tokens, ws)?);
-        }
-        for (i, next) in tokens[1..].iter().enumerate() {
-            let row = |way: usize| &rows[way][i * d_vocab..(i + 1) * d_vocab];
-            for way in 0..ways.len() {
-                nll[way] -= f64::from(log_softmax_at(row(way), *next as usize));
-                if way > 0 {
-                    from_f32[way] += kl(row(0), row(way));
-                }
+        let mut base = Vec::new();
+        for (way, (model, products)) in ways.into_iter().enumerate() {
+            let these = logits(model, products, tokens, &mut workspaces[way])?;
+            if way == 0 {
+                base.clone_from(&these);
             }
-            n += 1;
+            let score = text::score(tokens, &base, &these, d_vocab);
+            nll[way] += score.nll;
+            from_f32[way] += score.kl;
         }
+        n += tokens.len() - 1;
         bar.advance(tokens.len() as u64);
     }
     bar.finish();

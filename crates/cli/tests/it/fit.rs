@@ -11,19 +11,7 @@ use crate::support::{Place, model};
 
 #[test]
 fn what_harvest_writes_is_trained_on_and_goes_on_after_a_stop() {
-    let place = Place::new();
-    let model = model();
-    let harvest = [
-        "harvest",
-        "--prompts",
-        "prompts.jsonl",
-        "--site",
-        "layers.1",
-        "--model",
-    ];
-    place
-        .run(harvest.iter().map(AsRef::as_ref).chain([model.as_os_str()]))
-        .succeeded();
+    let place = harvested();
     let fit = |out: &str, more: &[&str]| {
         let args = [
             "sae",
