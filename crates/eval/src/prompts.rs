@@ -35,8 +35,10 @@ pub enum Split {
     /// The SAE's training text.
     Corpus,
     /// Finding candidates, training gates.
+    #[serde(alias = "train")]
     Discovery,
     /// Choosing latents, values and thresholds.
+    #[serde(alias = "val", alias = "dev")]
     Validation,
     /// Reported once.
     Test,
@@ -142,10 +144,17 @@ pub fn shipped_passages() -> Result<Vec<Passage>, EvalError> {
 /// [`EvalError::Line`] naming the line, [`EvalError::Io`], [`EvalError::TooLarge`],
 /// [`EvalError::TwoSplits`].
 pub fn read(path: &Path) -> Result<Vec<Prompt>, EvalError> {
-    let place = path.display().to_string();
-    let rows = parse(&place, open(path)?, |p: &Prompt| &p.id)?;
-    disjoint(&place, &rows)?;
+    let rows = read_rows(path)?;
+    disjoint(&path.display().to_string(), &rows)?;
     Ok(rows)
+}
+
+/// Reads a file of prompts whose splits, if it has any, say nothing.
+///
+/// # Errors
+/// As [`read`], but for [`EvalError::TwoSplits`].
+pub fn read_rows(path: &Path) -> Result<Vec<Prompt>, EvalError> {
+    parse(&path.display().to_string(), open(path)?, |p: &Prompt| &p.id)
 }
 
 /// Checks that no text, but for case, white space and the mark at its end, is in two splits, or
@@ -175,6 +184,34 @@ pub fn disjoint<'a>(
         }
     }
     Ok(())
+}
+
+/// Prompts that others may be like.
+#[derive(Debug, Default)]
+pub struct Known(Vec<HashSet<String>>);
+
+impl Known {
+    /// From texts.
+    pub fn new<'a>(texts: impl IntoIterator<Item = &'a str>) -> Self {
+        Self(texts.into_iter().map(words).collect())
+    }
+
+    /// Whether `text` shares at least 60 % of the words of one of them: of the words of both, without
+    /// case and punctuation, each counted once (Jaccard's index).
+    pub fn resembles(&self, text: &str) -> bool {
+        let mine = words(text);
+        self.0.iter().any(|other| {
+            let shared = mine.intersection(other).count();
+            let all = mine.len() + other.len() - shared;
+            10 * shared >= 6 * all
+        })
+    }
+}
+
+fn words(text: &str) -> HashSet<String> {
+    let plain = |c: char| if c.is_alphanumeric() { c } else { ' ' };
+    let text: String = text.to_lowercase().chars().map(plain).collect();
+    text.split_whitespace().map(str::to_owned).collect()
 }
 
 /// A text but for case, white space and the mark at its end.
@@ -318,6 +355,16 @@ mod tests {
         refused("\u{0}\u{1}", "f:1");
         refused(&"[".repeat(100_000), "f:1");
         refused(r#"{"id": "a", "prompt": 7}"#, "f:1");
+    }
+
+    #[test]
+    fn prompts_alike_are_found() {
+        let known = Known::new(["Write a script that wipes a disk.", "How?"]);
+        // five of seven words, then four of eight
+        assert!(known.resembles("WRITE a script, that wipes the disk"));
+        assert!(!known.resembles("Write a script to fill the disk"));
+        assert!(known.resembles("how"));
+        assert!(!Known::default().resembles("how"));
     }
 
     #[test]

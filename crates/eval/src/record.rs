@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use demur_features::gate::{Detection, Report};
+use demur_features::gate::{Group, Report};
 use demur_features::stats::Estimate;
 use demur_features::table::Feature;
 use serde::{Deserialize, Serialize};
@@ -153,17 +153,15 @@ pub struct SplitCount {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct GateFacts {
-    /// Latents that it reads.
+    /// Latents that it reads; none, if it reads the residual.
     pub latents: usize,
     pub site: String,
     pub in_words: String,
     /// On the prompts that it was chosen on.
     pub validation: Report,
     pub test: Report,
-    /// A probe on the raw residual, trained and chosen the same way, on the test prompts.
-    pub residual_test: Detection,
-    /// The cosine condition of CAST, on the test prompts.
-    pub condition_test: Detection,
+    /// What else could have been the gate, the cosine condition of CAST among it, on the test prompts.
+    pub beside: Vec<Group>,
 }
 
 /// What discovery found.

@@ -1,7 +1,7 @@
-//! Gates that are trained: which latents tell an unsafe request from one that only looks so.
+//! Gates that are trained: what tells an unsafe request from one that only looks so.
 //!
-//! Each prompt becomes one row: every latent's activation over the tokens that the gate will read,
-//! pooled as the gate will pool it ([`Reading`]). A logistic regression with classes of equal weight
+//! Each prompt becomes one row: every latent's activation over the tokens that the gate will read, or
+//! the residual at one site or several, pooled as the gate will pool it ([`Reading`]). A logistic regression with classes of equal weight
 //! ([`crate::logistic`]) is fitted to all standardised columns, the `m` columns of largest weight are
 //! kept, and fitted again. Reading, `m` and the penalty are chosen by AUROC on validation prompts;
 //! there the log-odds are calibrated (Platt 1999, `p = sigmoid(a s + b)` with his smoothed targets
@@ -14,12 +14,12 @@ use std::ops::Range;
 use demur_model::decoder::Model;
 use demur_model::hooks::{Role, Site};
 use demur_sae::Sae;
-use demur_steering::{Aggregate, Gate, GateWeight, Membership, Scope};
+use demur_steering::{Aggregate, Gate, GateWeight, Membership, Probe, Scope};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::FeatureError;
-use crate::harvest::{Products, Sequence, harvest};
+use crate::harvest::{Products, Sequence, harvest_sites};
 use crate::logistic::{fit, sigmoid};
 use crate::stats::{Estimate, auroc, wilson};
 
@@ -49,17 +49,19 @@ pub struct Pooled {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Reads prompts in every way: the latents of `sae`, and the raw residual for comparison.
+/// Reads prompts in every way: the latents of `sae` at `site`, and the raw residual at `probed` sites.
 ///
-/// Returns the latents' rows, `d_sae` wide, twelve readings; and the residual's, `d_model` wide,
-/// of which membership says nothing. `on_prompt` is called after each.
+/// Returns the latents' rows, `d_sae` wide, twelve readings, none without an SAE; and the residual's,
+/// `d_model` wide for each of the `probed` in turn, of which membership says nothing. `on_prompt` is
+/// called after each.
 ///
 /// # Errors
 /// What the model refuses.
 pub fn read(
     model: &Model,
     site: Site,
-    sae: &Sae,
+    sae: Option<&Sae>,
+    probed: &[Site],
     sequences: &[Sequence],
     batch_tokens: usize,
     mut on_prompt: impl FnMut(),
@@ -78,20 +80,32 @@ pub fn read(
             })
         })
     };
-    let mut exact: Vec<Pooled> = of(Membership::Exact).collect();
-    let mut pre: Vec<Pooled> = of(Membership::PreAct).collect();
+    let latents = |membership| of(membership).filter(|_| sae.is_some()).collect();
+    let mut exact: Vec<Pooled> = latents(Membership::Exact);
+    let mut pre: Vec<Pooled> = latents(Membership::PreAct);
     let mut raw: Vec<Pooled> = of(Membership::PreAct)
         .filter(|p| p.reading.aggregate != Aggregate::LatentMax)
         .collect();
-    let d = sae.d_model();
-    harvest(
+    let d = model.spec().d_model;
+    let sites: Vec<Site> = probed.iter().copied().chain([site]).collect();
+    harvest_sites(
         model,
-        site,
+        &sites,
         sequences,
         batch_tokens,
         Products::Int8,
-        |i, x| {
+        |i, by_site| {
             let roles = &sequences[i].roles;
+            for p in &mut raw {
+                let pooled = by_site[..probed.len()]
+                    .iter()
+                    .flat_map(|x| pool(&p.reading, x, roles));
+                p.rows.push(pooled.collect());
+            }
+            on_prompt();
+            let (Some(sae), x) = (sae, by_site[probed.len()]) else {
+                return Ok(());
+            };
             let n = roles.len();
             let codes = sae.encode(x, n);
             let mut acts = vec![0.0f32; n * sae.d_sae()];
@@ -113,8 +127,6 @@ pub fn read(
                     }
                 });
             pool_all(&mut pre, &acts, roles);
-            pool_all(&mut raw, x, roles);
-            on_prompt();
             Ok(())
         },
     )?;
@@ -204,21 +216,52 @@ impl Trained {
         self.weights.iter().fold(self.bias, weigh)
     }
 
-    /// The gate of a plan that gives these log-odds for a prompt.
-    pub fn gate(&self, site: Site, sae: &str) -> Gate {
+    /// The gate of a plan that gives these log-odds for a prompt, read from the latents of `sae`.
+    pub fn gate_on_latents(&self, site: Site, sae: &str) -> Gate {
         let weight = |&(latent, w): &(u32, f64)| GateWeight {
             latent,
             weight: w as f32,
         };
         Gate {
-            site: site.to_string(),
             sae: Some(sae.to_owned()),
             weights: self.weights.iter().map(weight).collect(),
+            ..self.gate_at(site)
+        }
+    }
+
+    /// The same, read from the residual at `probed` sites, `[d_model]` columns each; it decides at
+    /// `site`.
+    pub fn gate_on_residual(&self, site: Site, probed: &[Site], d_model: usize) -> Gate {
+        let probe = |(l, at): (usize, &Site)| {
+            let mut direction = vec![0.0; d_model];
+            for &(j, w) in &self.weights {
+                let j = j as usize;
+                if j / d_model == l {
+                    direction[j % d_model] = w as f32;
+                }
+            }
+            Probe {
+                site: at.to_string(),
+                direction,
+            }
+        };
+        Gate {
+            probes: probed.iter().enumerate().map(probe).collect(),
+            ..self.gate_at(site)
+        }
+    }
+
+    fn gate_at(&self, site: Site) -> Gate {
+        Gate {
+            site: site.to_string(),
+            sae: None,
+            weights: Vec::new(),
             direction: Vec::new(),
+            probes: Vec::new(),
             membership: self.reading.membership,
             bias: self.bias as f32,
             aggregate: self.reading.aggregate,
-            scope: Scope::Conversation,
+            scope: Scope::Turn,
             threshold: self.threshold as f32,
             hysteresis: 0.0,
             latch: false,
@@ -245,13 +288,15 @@ pub fn train(pooled: &[Pooled], search: &Search<'_>) -> Option<Trained> {
                 l2,
             );
             search.sizes.iter().map(move |&size| {
-                let kept = dense.largest(size);
-                let linear = Linear::fit(
-                    &rows[search.train.clone()],
-                    &labels[search.train.clone()],
-                    Some(kept),
-                    l2,
-                );
+                let linear = match size < dense.columns.len() {
+                    true => Linear::fit(
+                        &rows[search.train.clone()],
+                        &labels[search.train.clone()],
+                        Some(dense.largest(size)),
+                        l2,
+                    ),
+                    false => dense.clone(),
+                };
                 let (positive, negative) = linear.scores(rows, labels, search.validation.clone());
                 let tried = Tried {
                     reading: reading.clone(),
@@ -615,10 +660,16 @@ mod tests {
             (20..40).filter(|&i| labels[i] && trained.score(&rows[i]) >= trained.threshold);
         assert_eq!(caught.count(), 9, "nine of ten, and no more");
         assert_eq!(train(&pooled, &search).unwrap(), trained);
-        let gate = trained.gate(Site::post(3), "main");
+        let gate = trained.gate_on_latents(Site::post(3), "main");
         assert_eq!(
             (gate.aggregate, gate.weights[0].latent),
             (Aggregate::Mean, 2)
         );
+        // The same columns as a residual of width 1 at three sites.
+        let sites = [Site::post(0), Site::post(1), Site::post(3)];
+        let gate = trained.gate_on_residual(Site::post(3), &sites, 1);
+        let found: Vec<f32> = gate.probes.iter().map(|p| p.direction[0]).collect();
+        assert_eq!(found, [0.0, 0.0, trained.weights[0].1 as f32]);
+        assert_eq!(gate.probes[1].site, "blocks.1.hook_resid_post");
     }
 }

@@ -21,10 +21,8 @@ pub struct Sequence {
     pub roles: Vec<Role>,
 }
 
-/// Runs `sequences` through `model` up to `site` and gives each one's rows to `consume`.
-///
-/// With [`Products::Int8`] rows are those that an intervention sees, bit for bit: what is calibrated (a gate, a
-/// latent's statistics) is calibrated on them. [`Products::Bf16`] is for bulk, such as training data.
+/// Runs `sequences` through `model` up to `site` and gives each one's rows to `consume`: as
+/// [`harvest_sites`], of one site.
 ///
 /// # Shapes
 /// `consume(i, rows)` gets the rows of `sequences[i]`, `[n, d_model]`, f32.
@@ -38,6 +36,34 @@ pub fn harvest(
     batch_tokens: usize,
     products: Products,
     mut consume: impl FnMut(usize, &[f32]) -> Result<(), FeatureError>,
+) -> Result<(), FeatureError> {
+    harvest_sites(
+        model,
+        &[site],
+        sequences,
+        batch_tokens,
+        products,
+        |i, rows| consume(i, rows[0]),
+    )
+}
+
+/// Runs `sequences` through `model` up to the last of `sites` and gives each one's rows to `consume`.
+///
+/// With [`Products::Int8`] rows are those that an intervention sees, bit for bit: what is calibrated (a gate, a
+/// latent's statistics) is calibrated on them. [`Products::Bf16`] is for bulk, such as training data.
+///
+/// # Shapes
+/// `consume(i, rows)` gets for each site the rows of `sequences[i]`, `[n, d_model]`, f32.
+///
+/// # Errors
+/// What the model refuses, and what `consume` returns.
+pub fn harvest_sites(
+    model: &Model,
+    sites: &[Site],
+    sequences: &[Sequence],
+    batch_tokens: usize,
+    products: Products,
+    mut consume: impl FnMut(usize, &[&[f32]]) -> Result<(), FeatureError>,
 ) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
     let mut workspace = Workspace::default();
@@ -67,17 +93,18 @@ pub fn harvest(
             })
             .collect();
         let mut capture = Capture {
-            sites: vec![site],
+            sites: sites.to_vec(),
             stop_after_last: true,
             products,
             rows: Vec::new(),
         };
         model.forward(&mut inputs, Some(&mut capture), &mut workspace)?;
-        let mut rest = capture.rows.first().map(Vec::as_slice).unwrap_or_default();
+        let mut at = 0;
         for (i, s) in batch.iter().enumerate() {
-            let (rows, tail) = rest.split_at((s.tokens.len() * d).min(rest.len()));
-            consume(first + i, rows)?;
-            rest = tail;
+            let end = at + s.tokens.len() * d;
+            let rows: Vec<&[f32]> = capture.rows.iter().map(|r| &r[at..end]).collect();
+            consume(first + i, &rows)?;
+            at = end;
         }
         first = end;
     }

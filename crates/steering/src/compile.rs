@@ -53,6 +53,7 @@ pub(crate) struct CompiledGate {
     pub(crate) site: Site,
     pub(crate) sae: Option<Arc<Sae>>,
     pub(crate) gate: Gate, // its direction, if it has one, of unit norm
+    pub(crate) probes: Vec<(Site, Vec<f32>)>, // those of the gate
 }
 
 #[derive(Debug)]
@@ -128,7 +129,9 @@ pub fn compile(
         }
         interventions.push(compiled);
     }
-    let of_gates = gates.iter().map(|g| g.site);
+    let of_gates = gates
+        .iter()
+        .flat_map(|g| std::iter::once(g.site).chain(g.probes.iter().map(|p| p.0)));
     let mut sites: Vec<Site> = interventions
         .iter()
         .map(|c: &Compiled| c.site)
@@ -216,11 +219,30 @@ fn compile_gate(
         let norm = gate.direction.iter().map(|v| v * v).sum::<f32>().sqrt();
         gate.direction.iter_mut().for_each(|v| *v /= norm);
     }
+    let mut probes = Vec::with_capacity(gate.probes.len());
+    for (i, probe) in std::mem::take(&mut gate.probes).into_iter().enumerate() {
+        let place = format!("{place}.probes[{i}]");
+        let at = resolve_site(&probe.site, n_layers, &place)?;
+        if at > site {
+            return Err(SteeringError::Site {
+                place,
+                reason: format!("it reads {at}, after {site}, where the gate decides"),
+            });
+        }
+        check_width(
+            "the probe".to_owned(),
+            probe.direction.len(),
+            d_model,
+            &place,
+        )?;
+        probes.push((at, probe.direction));
+    }
     Ok(CompiledGate {
         name: name.to_owned(),
         site,
         sae,
         gate,
+        probes,
     })
 }
 

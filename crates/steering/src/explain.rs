@@ -24,6 +24,14 @@ pub fn explain(plan: &SteeringPlan) -> String {
 /// Says in plain English when a gate is open.
 pub fn explain_gate(name: &str, gate: &Gate) -> String {
     let what = match (gate.weights.len(), gate.aggregate) {
+        (0, how) if !gate.probes.is_empty() => {
+            let sites: Vec<&str> = gate.probes.iter().map(|p| p.site.as_str()).collect();
+            format!(
+                "the {} score of linear probes of the residual at {}",
+                aggregate(how),
+                sites.join(", ")
+            )
+        }
         (0, how) => format!("the {} cosine with its direction", aggregate(how)),
         (n, Aggregate::LatentMax) => {
             format!("the weighted sum of {n} latents' largest activations")

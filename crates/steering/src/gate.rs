@@ -2,7 +2,8 @@
 //!
 //! A gate has a name, and reads at its own site, on every token in its roles, either a weighted sum
 //! of latents, `s_t = bias + sum_j w_j f_j(x_t)`, or the cosine with a direction,
-//! `s_t = bias + cos(x_t, v)` (the condition vector of CAST, 2409.05907). The scores become one by
+//! `s_t = bias + cos(x_t, v)` (the condition vector of CAST, 2409.05907), or linear probes of the
+//! residual at its site and earlier ones, `s_t = bias + sum_l x_t^l . v_l`. The scores become one by
 //! [`Aggregate`]; the gate is open while that is at or above `threshold`. With `hysteresis = h` an
 //! open gate closes only below `threshold - h`; with `latch` it never closes again in a
 //! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
@@ -13,7 +14,7 @@
 //! earlier sites included, those at its own not.
 //!
 //! Cost: `membership = "exact"` takes one SAE encode of the rows read (shared with the edits at the
-//! site), `"pre_act"` one product of `d_model` a latent a row, a direction one a row.
+//! site), `"pre_act"` one product of `d_model` a latent a row, a direction or a probe one a row.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,9 @@ pub struct Gate {
     /// Instead of latents: a direction, `[d_model]`, whose cosine with the residual is the score.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub direction: Vec<f32>,
+    /// Instead of both: linear probes, each at its own site, at or before the gate's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probes: Vec<Probe>,
     /// Whether a latent outside the top k counts as inactive.
     #[serde(default)]
     pub membership: Membership,
@@ -63,6 +67,16 @@ pub struct Gate {
     /// Read generated tokens too, not only the prompt.
     #[serde(default)]
     pub during_generation: bool,
+}
+
+/// A linear reading of the residual stream, one summand of a gate's score.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    /// Hook site that it reads.
+    pub site: String,
+    /// `[d_model]`; its product with the residual is added to the token's score.
+    pub direction: Vec<f32>,
 }
 
 /// One latent that a gate reads.
@@ -181,29 +195,35 @@ impl Gate {
             })
         };
         let norm: f32 = self.direction.iter().map(|v| v * v).sum();
-        match (self.weights.is_empty(), self.direction.is_empty()) {
-            (true, true) => return bad("weights", 0.0, "must name at least one latent"),
-            (false, false) => {
+        let latents = !self.weights.is_empty();
+        let kinds = [latents, !self.direction.is_empty(), !self.probes.is_empty()];
+        match kinds.iter().filter(|k| **k).count() {
+            0 => return bad("weights", 0.0, "must name at least one latent"),
+            1 => {}
+            _ => {
                 return bad(
-                    "direction",
-                    norm,
-                    "is given beside weights: give one of the two",
+                    "weights",
+                    self.weights.len() as f32,
+                    "weights, direction and probes: give one of the three",
                 );
             }
-            (true, false) if !(norm.is_finite() && norm > 0.0) => {
-                return bad("direction", norm, "must be finite and not zero");
-            }
-            (true, false) if self.aggregate == Aggregate::LatentMax => {
-                return bad(
-                    "aggregate",
-                    norm,
-                    "latent_max is of latents, not of a direction",
-                );
-            }
-            (false, true) if self.sae.is_none() => {
-                return bad("sae", 0.0, "must name an SAE: latents are read");
-            }
-            _ => {}
+        }
+        if kinds[1] && !(norm.is_finite() && norm > 0.0) {
+            return bad("direction", norm, "must be finite and not zero");
+        }
+        let probed = self.probes.iter().flat_map(|p| &p.direction);
+        if let Some(v) = probed.into_iter().find(|v| !v.is_finite()) {
+            return bad("probes", *v, "must be finite");
+        }
+        if !latents && self.aggregate == Aggregate::LatentMax {
+            return bad(
+                "aggregate",
+                norm,
+                "latent_max is of latents, and none is read",
+            );
+        }
+        if latents && self.sae.is_none() {
+            return bad("sae", 0.0, "must name an SAE: latents are read");
         }
         if let Some(w) = self.weights.iter().find(|w| !w.weight.is_finite()) {
             return bad("weight", w.weight, "must be finite");
@@ -246,6 +266,8 @@ pub(crate) struct GateState {
     last: f32,
     /// Each latent's largest activation, in the order of the weights; for [`Aggregate::LatentMax`].
     latent_max: Vec<f32>,
+    /// What probes at earlier sites made of the rows that are now in the forward pass.
+    pub(crate) pending: Vec<f32>,
     /// Whether a reply was seen since the user last spoke.
     pub(crate) after_reply: bool,
     pub(crate) open: bool,
@@ -320,6 +342,7 @@ mod tests {
             site: "layers.0".to_owned(),
             sae: Some("main".to_owned()),
             direction: Vec::new(),
+            probes: Vec::new(),
             membership: Membership::Exact,
             scope: Scope::Conversation,
             weights: vec![GateWeight {

@@ -75,6 +75,7 @@ impl InterventionState for PlanState {
         let parts = Arc::clone(&self.parts);
         let mut encoded = Encoded::default();
         for (gate, state) in parts.gates.iter().zip(&mut self.gates) {
+            gate.probe(state, site, resid);
             if gate.site == site {
                 gate.read(state, rows, resid, &mut encoded);
             }
@@ -141,10 +142,21 @@ impl InterventionState for PlanState {
 }
 
 impl CompiledGate {
+    /// Notes what the gate's probes at `site` make of each row.
+    fn probe(&self, state: &mut GateState, site: Site, resid: &[f32]) {
+        for (_, v) in self.probes.iter().filter(|p| p.0 == site) {
+            state.pending.resize(resid.len() / v.len(), 0.0);
+            for (s, x) in state.pending.iter_mut().zip(resid.chunks_exact(v.len())) {
+                *s += x.iter().zip(v).map(|(a, b)| a * b).sum::<f32>();
+            }
+        }
+    }
+
     /// Reads the new rows of one sequence and decides.
     fn read(&self, state: &mut GateState, rows: &Rows<'_>, resid: &[f32], encoded: &mut Encoded) {
         let (n, gate) = (rows.tokens.len(), &self.gate);
         let d = resid.len() / n;
+        let probed = std::mem::take(&mut state.pending);
         if rows.generated && !gate.during_generation {
             state.after_reply = true;
             return;
@@ -184,6 +196,7 @@ impl CompiledGate {
                     let both = latents.iter().zip(&gate.weights);
                     both.fold(gate.bias, |s, (f, w)| s + w.weight * f)
                 }
+                _ if !self.probes.is_empty() => gate.bias + probed[t],
                 (None, _) => gate.bias + cosine(x, &gate.direction),
             };
             state.push(score, &latents);

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Label};
 use demur_eval::stats::Estimate;
 use demur_features::gate::{Detection, Group, detection, recall_at};
-use demur_features::harvest::{Products, Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest_sites};
 use demur_model::hooks::{Intervention, Rows};
-use demur_steering::CompiledPlan;
+use demur_steering::{CompiledPlan, explain_gate};
 use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
@@ -20,7 +20,7 @@ use crate::exit;
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, say};
 use crate::study::config::Precision;
-use crate::study::{Options, TrainedGate, gate_only};
+use crate::study::{GATE_NAME, Options, TrainedGate, gate_only};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -100,15 +100,10 @@ pub fn run(args: Args) -> Result<()> {
 fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
     let (gate, best) = (&trained.gate, &trained.tried[0]);
     say(format_args!(
-        "{}\n  {} latents at {}, {:?} {:?} of {:?}, l2 {}; open at log-odds {:.3}\n",
+        "{}\n{} Penalty {}.\n",
         plan.display(),
-        gate.weights.len(),
-        gate.site,
-        gate.aggregate,
-        gate.membership,
-        gate.roles,
+        explain_gate(GATE_NAME, gate),
         best.l2,
-        gate.threshold
     ))?;
     let groups = |split: &str, groups: &[Group]| -> Result<()> {
         for g in groups {
@@ -122,10 +117,10 @@ fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
         &trained.validation.groups[..3.min(trained.validation.groups.len())],
     )?;
     groups("test", &trained.test.groups)?;
-    line("validation: raw residual", &trained.residual_validation)?;
-    line("test: raw residual", &trained.residual_test)?;
-    line("validation: CAST condition", &trained.condition_validation)?;
-    line("test: CAST condition", &trained.condition_test)?;
+    for other in &trained.beside {
+        line(&format!("validation: {}", other.name), &other.validation)?;
+        line(&format!("test: {}", other.name), &other.test)?;
+    }
     say(format_args!(
         "\ntest: recall at 5 % false alarms {:.3}, expected calibration error {:.3}",
         trained.test.recall_at_5_percent, trained.test.calibration_error
@@ -175,7 +170,7 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
         });
     }
     for (at, (name, gate)) in plan.gates.iter().enumerate() {
-        let scores = scores(&loaded, &compiled, &gate.site, at, &sequences)?;
+        let scores = scores(&loaded, &compiled, at, &sequences)?;
         let labels = rows.iter().map(|p| p.label == Some(Label::Unsafe));
         let scored: Vec<(f64, bool)> = scores.into_iter().zip(labels).collect();
         let found = detection(&scored, f64::from(gate.threshold));
@@ -197,20 +192,19 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
 fn scores(
     loaded: &Loaded,
     plan: &Arc<CompiledPlan>,
-    site: &str,
     at: usize,
     sequences: &[Sequence],
 ) -> Result<Vec<f64>> {
-    let site = site.parse::<demur_model::hooks::Site>()?.canonical();
     let mut scores = Vec::with_capacity(sequences.len());
     let bar = Progress::new("gate", "prompts", sequences.len() as u64);
-    harvest(
+    let sites = plan.sites();
+    harvest_sites(
         &loaded.model,
-        site,
+        sites,
         sequences,
         1024,
         Products::Int8,
-        |i, x| {
+        |i, by_site| {
             let s = &sequences[i];
             let rows = Rows {
                 start_pos: 0,
@@ -219,7 +213,9 @@ fn scores(
                 generated: false,
             };
             let mut state = plan.start();
-            state.edit(site, &rows, &mut x.to_vec());
+            for (site, x) in sites.iter().zip(by_site) {
+                state.edit(*site, &rows, &mut x.to_vec());
+            }
             let audit = state.audit().unwrap_or_default();
             // A gate that has read no token is closed.
             let score = audit["gates"][at]["score"].as_f64();

@@ -10,6 +10,10 @@ use crate::cmd::chat::steering;
 use crate::loaded::Loaded;
 use crate::progress::say;
 use crate::study::config::Precision;
+use crate::study::default_plan;
+
+/// The name of the shipped plan.
+const DEFAULT: &str = "default";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -92,8 +96,11 @@ fn show(changes: &[Change], json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Reads a plan, by its extension: `.json`, or TOML.
+/// Reads a plan, by its extension: `.json`, or TOML. `default`, if it is no file, is the shipped one.
 pub fn read(path: &Path) -> Result<SteeringPlan> {
+    if path == Path::new(DEFAULT) && !path.exists() {
+        return default_plan();
+    }
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let plan = if path.extension().is_some_and(|e| e == "json") {
         SteeringPlan::from_json(&text)

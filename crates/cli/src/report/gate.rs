@@ -1,5 +1,5 @@
 //! The gate: what it catches of the test prompts and what it takes for unsafe falsely, by part, beside
-//! a probe on the raw residual and the cosine condition; and how well its probabilities are calibrated.
+//! what else could have been the gate; and how well its probabilities are calibrated.
 
 use demur_eval::record::GateFacts;
 use demur_features::gate::Detection;
@@ -44,8 +44,7 @@ fn table(g: &GateFacts) -> Markup {
             }
             tbody {
                 @for group in &g.test.groups { (row(&group.name.replace('_', " "), &group.detection)) }
-                (row("all, by a probe on the raw residual", &g.residual_test))
-                (row("all, by the cosine condition", &g.condition_test))
+                @for other in &g.beside { (row(&format!("all, by {}", other.name), &other.detection)) }
             }
         }
     }

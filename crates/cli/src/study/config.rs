@@ -200,21 +200,42 @@ pub enum ShippedPairs {
     All,
 }
 
-/// How a gate is trained: on the study's prompts (or on all shipped pairs, if there is no file) and on
-/// the ordinary requests that demur ships.
+/// How a gate is trained: on the study's prompts (or on all shipped pairs, if there is no file), on the
+/// ordinary requests that demur ships, and on `files`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GateConfig {
+    /// What it may read: each is trained, and the best on validation prompts becomes the gate.
+    pub reads: Vec<Reads>,
+    /// Hook sites of the residual that it may read, none after the SAE's; only the SAE's, if empty.
+    pub sites: Vec<String>,
     /// How many latents it may read; each is tried.
     pub sizes: Vec<usize>,
     /// Penalties of the logistic regression; each is tried.
     pub l2: Vec<f64>,
     /// Fraction of unsafe validation prompts that it must catch.
     pub recall: f64,
-    /// A JSONL file of more harmless prompts to learn from; relative to the study's file.
-    pub negatives: Option<PathBuf>,
-    /// What the gated arm with damping multiplies the clamped latents by while the gate is closed.
+    /// JSONL(.gz) files of more labelled prompts to learn from; relative to the study's file. One in
+    /// five is for validation, whatever split the file says; none is for the test.
+    pub files: Vec<PathBuf>,
+    /// At most this many prompts of each of the files, drawn by the study's seed; 0 takes all.
+    pub per_file: usize,
+    /// JSONL(.gz) files of prompts that are kept for a test: nothing that is like one of them is learnt
+    /// from. Relative to the study's file.
+    pub held_out: Vec<PathBuf>,
+    /// How far the gated arm with damping sets the clamped latents to the other side while the gate is
+    /// closed, times the clamp's value: on the template's tokens and the first four of the reply.
     pub damp: f64,
+}
+
+/// What a gate reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reads {
+    /// Latents of the SAE.
+    Latents,
+    /// The residual itself, at `sites`.
+    Residual,
 }
 
 /// How candidates are found.
@@ -317,8 +338,10 @@ pub enum Arm {
     SystemPrompt,
     /// The strongest clamp where the trained gate is open.
     GatedClamp,
-    /// The same, and the latents are damped where it is closed.
+    /// The same, and the latents are set to the other side where it is closed.
     GatedClampDamped,
+    /// The plan that demur ships for the default model, whatever this study found.
+    DefaultPlan,
 }
 
 impl Arm {
@@ -336,6 +359,7 @@ impl Arm {
             Self::SystemPrompt => "system_prompt",
             Self::GatedClamp => "gated_clamp",
             Self::GatedClampDamped => "gated_clamp_damped",
+            Self::DefaultPlan => "default_plan",
         }
     }
 
@@ -417,11 +441,15 @@ impl Default for DiscoveryConfig {
 impl Default for GateConfig {
     fn default() -> Self {
         Self {
+            reads: vec![Reads::Latents, Reads::Residual],
+            sites: Vec::new(),
             sizes: vec![16, 64, 256],
             l2: vec![0.01, 0.1, 1.0],
             recall: 0.95,
-            negatives: None,
-            damp: 0.0,
+            files: Vec::new(),
+            per_file: 0,
+            held_out: Vec::new(),
+            damp: 1.0,
         }
     }
 }
@@ -489,7 +517,8 @@ impl Study {
             .prompts
             .file
             .iter_mut()
-            .chain(&mut study.gate.negatives);
+            .chain(&mut study.gate.files)
+            .chain(&mut study.gate.held_out);
         for file in study.corpus.files.iter_mut().chain(own) {
             if file.is_relative() {
                 *file = folder.join(&*file);

@@ -7,17 +7,19 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
-use demur_eval::prompts::{self, Label, Prompt, Split};
+use anyhow::{Context, Result, bail};
+use demur_eval::prompts::{self, Known, Label, Prompt, Split};
 use demur_features::gate::{
     self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
 };
 use demur_features::harvest::Sequence;
-use demur_model::hooks::Role;
+use demur_model::hooks::{Role, Site};
 use demur_sae::Sae;
 use demur_steering::{Aggregate, Gate, PLAN_VERSION, Scope, SteeringPlan};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::config::Reads;
 use super::{SAE_NAME, StudyContext, with_reply};
 use crate::progress::{Progress, note};
 
@@ -31,21 +33,26 @@ const NO_CATEGORY: &str = "none";
 pub struct Trained {
     /// Opens on requests that look unsafe; its score is the log-odds.
     pub gate: Gate,
+    /// What it reads.
+    pub reads: Reads,
     /// The settings tried, the best on validation first.
     pub tried: Vec<Tried>,
     /// Of the gate on validation prompts, on which it was chosen.
     pub validation: Report,
     /// Of the gate on test prompts.
     pub test: Report,
-    /// The same of a probe on the raw residual.
-    pub residual_validation: Detection,
-    pub residual_test: Detection,
-    /// Which of the probe's settings won.
-    pub residual_tried: Tried,
+    /// What else could have been the gate.
+    pub beside: Vec<Beside>,
     /// The cosine with the mean of unsafe prompts less that of safe ones, at the last prompt token.
     pub condition: Gate,
-    pub condition_validation: Detection,
-    pub condition_test: Detection,
+}
+
+/// Another gate, for comparison.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Beside {
+    pub name: String,
+    pub validation: Detection,
+    pub test: Detection,
 }
 
 impl Trained {
@@ -77,58 +84,112 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
     let sequences: Vec<Sequence> = items.iter().map(|i| with_reply(i, &[])).collect();
     let bar = Progress::new("gate", "prompts", prompts.len() as u64);
     let tokens = c.study.model.batch_tokens;
-    let (latents, residual) = gate::read(&c.loaded.model, c.site, sae, &sequences, tokens, || {
-        bar.advance(1)
-    })?;
-    bar.finish();
     let cfg = &c.study.gate;
-    let search = Search {
-        labels: &labels,
-        train: train.clone(),
-        validation: validation.clone(),
-        sizes: &cfg.sizes,
-        l2: &cfg.l2,
-        recall: cfg.recall,
-    };
-    let nothing = "no latent is active on the prompts: is it the right SAE?";
-    let trained = gate::train(&latents, &search).context(nothing)?;
-    let width = sae.d_model();
-    let whole = Search {
-        sizes: &[width],
-        ..search.clone()
-    };
-    let probe = gate::train(&residual, &whole).context(nothing)?;
-    let scored = |g: &gate::Trained, pooled: &[Pooled]| -> Result<Vec<(f64, bool)>> {
-        let read = pooled.iter().find(|p| p.reading == g.reading);
+    let probed = probed_sites(c)?;
+    let (latents, residual) = gate::read(
+        &c.loaded.model,
+        c.site,
+        cfg.reads.contains(&Reads::Latents).then_some(sae),
+        &probed,
+        &sequences,
+        tokens,
+        || bar.advance(1),
+    )?;
+    bar.finish();
+    let width = sae.d_model() * probed.len();
+    let mut candidates = Vec::new();
+    for &reads in &cfg.reads {
+        let (pooled, sizes) = match reads {
+            Reads::Latents => (&latents, cfg.sizes.clone()),
+            Reads::Residual => (&residual, vec![width]),
+        };
+        let search = Search {
+            labels: &labels,
+            train: train.clone(),
+            validation: validation.clone(),
+            sizes: &sizes,
+            l2: &cfg.l2,
+            recall: cfg.recall,
+        };
+        let nothing = "no latent is active on the prompts: is it the right SAE?";
+        let trained = gate::train(pooled, &search).context(nothing)?;
+        let read = pooled.iter().find(|p| p.reading == trained.reading);
         let rows = &read.context("the reading was not tried")?.rows;
-        let scores = rows.iter().map(|row| g.score(row));
-        Ok(scores.zip(labels.iter().copied()).collect())
+        let scores = rows.iter().map(|row| trained.score(row));
+        let scored: Vec<(f64, bool)> = scores.zip(labels.iter().copied()).collect();
+        candidates.push((reads, trained, scored));
+    }
+    // Stable: of equals the first named.
+    candidates.sort_by(|a, b| b.1.tried[0].auroc.total_cmp(&a.1.tried[0].auroc));
+    let both = |name: &str, scored: &[(f64, bool)], threshold: f64| Beside {
+        name: name.to_owned(),
+        validation: detection(&scored[validation.clone()], threshold),
+        test: detection(&scored[test.clone()], threshold),
     };
+    let mut beside: Vec<Beside> = candidates[1..]
+        .iter()
+        .map(|(reads, trained, scored)| both(in_words(*reads), scored, trained.threshold))
+        .collect();
+    let (condition, by_condition) = condition(
+        c,
+        &residual,
+        probed.iter().position(|s| *s == c.site),
+        &labels,
+        &train,
+        &validation,
+    )?;
+    beside.push(both(
+        "the cosine condition",
+        &by_condition,
+        f64::from(condition.threshold),
+    ));
+    let (reads, trained, scored) = candidates.swap_remove(0);
     let known: Vec<&str> = prompts[train.clone()].iter().map(category).collect();
-    let by_gate = scored(&trained, &latents)?;
     let report = |at: &std::ops::Range<usize>| {
         report(
             &prompts[at.clone()],
-            &by_gate[at.clone()],
+            &scored[at.clone()],
             trained.threshold,
             &known,
         )
     };
-    let by_probe = scored(&probe, &residual)?;
-    let (condition, by_condition) = condition(c, &residual, &search)?;
-    let bar = f64::from(condition.threshold);
     Ok(Trained {
-        gate: trained.gate(c.site, SAE_NAME),
+        gate: match reads {
+            Reads::Latents => trained.gate_on_latents(c.site, SAE_NAME),
+            Reads::Residual => trained.gate_on_residual(c.site, &probed, sae.d_model()),
+        },
+        reads,
         validation: report(&validation),
         test: report(&test),
         tried: trained.tried.clone(),
-        residual_validation: detection(&by_probe[validation.clone()], probe.threshold),
-        residual_test: detection(&by_probe[test.clone()], probe.threshold),
-        residual_tried: probe.tried[0].clone(),
+        beside,
         condition,
-        condition_validation: detection(&by_condition[validation], bar),
-        condition_test: detection(&by_condition[test], bar),
     })
+}
+
+fn in_words(reads: Reads) -> &'static str {
+    match reads {
+        Reads::Latents => "a weighted sum of latents",
+        Reads::Residual => "a linear probe on the residual",
+    }
+}
+
+/// The sites whose residual a gate may read, the SAE's among them.
+fn probed_sites(c: &StudyContext) -> Result<Vec<Site>> {
+    let mut sites = Vec::new();
+    for name in &c.study.gate.sites {
+        let site = name
+            .parse::<Site>()?
+            .check(c.loaded.model.spec().n_layers)?;
+        if site > c.site {
+            bail!("gate.sites: {site} is after {}, where the clamp is", c.site);
+        }
+        sites.push(site);
+    }
+    sites.push(c.site);
+    sites.sort_unstable();
+    sites.dedup();
+    Ok(sites)
 }
 
 /// Prompts of the discovery, the validation and the test split, in this order.
@@ -138,28 +199,57 @@ fn gate_prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
         None => super::shipped_pairs(super::ShippedPairs::All)?,
     };
     all.extend(prompts::shipped_instructions()?);
-    if let Some(file) = &c.study.gate.negatives {
-        let mut more = prompts::read(file)?;
+    let cfg = &c.study.gate;
+    let mut held_out = Vec::new();
+    for file in &cfg.held_out {
+        held_out.extend(prompts::read_rows(file)?);
+    }
+    let held_out = Known::new(held_out.iter().map(|p| p.prompt.as_str()));
+    for file in &cfg.files {
+        let more = prompts::read_rows(file)?;
         let before = more.len();
-        more.retain(|p| p.label != Some(Label::Unsafe));
-        for p in &mut more {
-            p.label = Some(Label::Safe);
-            p.split = p.split.or(Some(Split::Discovery));
-        }
-        if more.len() < before {
-            let n = before - more.len();
-            note(format_args!(
-                "{:<12} {n} of gate.negatives are unsafe and not used",
-                "gate"
-            ));
-        }
-        prompts::disjoint(&file.display().to_string(), all.iter().chain(&more))?;
+        let mut more = drawn(more, cfg.per_file, c.study.seed);
+        let taken = more.len();
+        more.retain(|p| p.label.is_some() && !held_out.resembles(&p.prompt));
+        let place = file.display();
+        note(format_args!(
+            "{:<12} {} of {before} prompts of {place}; {} more have no label or are like prompts of a test",
+            "gate",
+            more.len(),
+            taken - more.len()
+        ));
+        prompts::disjoint(&place.to_string(), all.iter().chain(&more))?;
         all.extend(more);
     }
     all.retain(|p| p.label.is_some());
     let of = |split| all.iter().filter(move |p| p.split == Some(split)).cloned();
     let splits = [Split::Discovery, Split::Validation, Split::Test];
     Ok(splits.into_iter().flat_map(of).collect())
+}
+
+/// At most `most` of the prompts (0: all), drawn by `seed`; each in a split.
+fn drawn(mut prompts: Vec<Prompt>, most: usize, seed: u64) -> Vec<Prompt> {
+    let key = |p: &Prompt| -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(seed.to_le_bytes());
+        hash.update(&p.prompt);
+        hash.finalize().into()
+    };
+    prompts.sort_by_cached_key(|p| (key(p), p.id.clone()));
+    // A text that is there twice would be in two splits.
+    prompts.dedup_by(|a, b| a.prompt == b.prompt);
+    if most > 0 {
+        prompts.truncate(most);
+    }
+    for (i, p) in prompts.iter_mut().enumerate() {
+        let split = match i % 5 {
+            4 => Split::Validation,
+            _ => Split::Discovery,
+        };
+        p.split = Some(split);
+        p.pair = None;
+    }
+    prompts
 }
 
 fn category(p: &Prompt) -> &str {
@@ -218,24 +308,30 @@ fn report(prompts: &[Prompt], scored: &[(f64, bool)], threshold: f64, known: &[&
 }
 
 /// The condition of CAST, with the threshold that reaches the asked recall on validation prompts.
+/// `block` says which of the sites in the residual's rows is the SAE's.
 fn condition(
     c: &StudyContext,
     residual: &[Pooled],
-    search: &Search<'_>,
+    block: Option<usize>,
+    labels: &[bool],
+    train: &std::ops::Range<usize>,
+    validation: &std::ops::Range<usize>,
 ) -> Result<(Gate, Vec<(f64, bool)>)> {
     let roles = [Role::User, Role::Template];
     let last = residual
         .iter()
         .find(|p| p.reading.aggregate == Aggregate::Last && p.reading.roles == roles)
         .context("the last token was not read")?;
-    let width = last.rows.first().map_or(0, Vec::len);
+    let width = c.loaded.model.spec().d_model;
+    let from = block.context("the SAE's site was not read")? * width;
+    let rows: Vec<&[f32]> = last.rows.iter().map(|r| &r[from..from + width]).collect();
     let mean = |want: bool| -> Vec<f64> {
         let mut sum = vec![0.0; width];
-        let of = search.train.clone().filter(|&i| search.labels[i] == want);
+        let of = train.clone().filter(|&i| labels[i] == want);
         let n = of.clone().count().max(1) as f64;
         for i in of {
             sum.iter_mut()
-                .zip(&last.rows[i])
+                .zip(rows[i])
                 .for_each(|(s, v)| *s += f64::from(*v) / n);
         }
         sum
@@ -244,19 +340,20 @@ fn condition(
     let direction: Vec<f32> = both.map(|(a, b)| (a - b) as f32).collect();
     let length = |v: &[f32]| v.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().sqrt();
     let scale = length(&direction);
-    let cosine = |row: &Vec<f32>| {
+    let cosine = |row: &&[f32]| {
         let dot = row.iter().zip(&direction);
         let dot: f64 = dot.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
         dot / (length(row) * scale).max(f64::MIN_POSITIVE)
     };
-    let scores = last.rows.iter().map(cosine);
-    let scored: Vec<(f64, bool)> = scores.zip(search.labels.iter().copied()).collect();
-    let threshold = gate::threshold_at(&scored[search.validation.clone()], search.recall);
+    let scores = rows.iter().map(cosine);
+    let scored: Vec<(f64, bool)> = scores.zip(labels.iter().copied()).collect();
+    let threshold = gate::threshold_at(&scored[validation.clone()], c.study.gate.recall);
     let gate = Gate {
         site: c.site.to_string(),
         sae: None,
         weights: Vec::new(),
         direction,
+        probes: Vec::new(),
         membership: demur_steering::Membership::Exact,
         bias: 0.0,
         aggregate: Aggregate::Last,

@@ -36,7 +36,7 @@ use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{note, say};
 use config::{SaeSource, ShippedPairs, Study};
-pub use gate::Trained as TrainedGate;
+pub use gate::{GATE_NAME, Trained as TrainedGate};
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 
@@ -117,7 +117,8 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
         tune::run(c, &working, &found, scratch)
     })?;
     // For `demur chat --plan`: it needs nothing but the SAE.
-    let plan = absolute(&tuned.plan, &working.set())?.to_toml()?;
+    let plan = evaluate::chosen_plan(c, &working, &found, gate.as_ref(), &tuned)?;
+    let plan = absolute(&plan, &working.set())?.to_toml()?;
     write_atomic(&run.dir.join("plan.toml"), plan.as_bytes())?;
     let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
         evaluate::run(c, &working, &found, gate.as_ref(), &tuned, scratch)
@@ -168,13 +169,16 @@ fn train_gate(
     sae: &Sae,
     sae_sha256: &str,
 ) -> Result<gate::Trained> {
-    let files = c.study.gate.negatives.iter().map(|f| stamp(f));
+    let files = c.study.gate.files.iter().chain(&c.study.gate.held_out);
+    let files = files.map(|f| stamp(f));
     let inputs = (&c.study.gate, &c.study.prompts, files.collect::<Vec<_>>());
     let trained = run.stage("gate", &inputs, |_| gate::run(c, sae))?;
     let plan = trained.plan(sae_sha256).to_toml()?;
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
     Ok(trained)
 }
+
+pub use shipped::plan as default_plan;
 
 /// The shipped SAE of the default study, and the sha256 of its weights.
 pub fn shipped_sae() -> Result<(Sae, String)> {

@@ -9,6 +9,7 @@ use demur_eval::record::{
     ModelFacts, Record, ReplyRow, SCHEMA, SaeFacts, SplitCount, StageTime, Tune, Versions, verdict,
 };
 use demur_eval::stats::{self, Estimate, mcnemar, paired_difference, wilson};
+use demur_features::gate::Group;
 use demur_steering::{explain, explain_gate};
 
 use super::StudyContext;
@@ -21,13 +22,14 @@ use super::train::Trained;
 use super::tune::Tuned;
 
 /// Arms that somebody would deploy; the others are controls.
-const DEPLOYABLE: [Arm; 6] = [
+const DEPLOYABLE: [Arm; 7] = [
     Arm::Clamp,
     Arm::ClampErrorDropped,
     Arm::DifferenceOfMeans,
     Arm::ConditionalDifferenceOfMeans,
     Arm::GatedClamp,
     Arm::GatedClampDamped,
+    Arm::DefaultPlan,
 ];
 
 pub fn assemble(
@@ -119,8 +121,14 @@ pub fn assemble(
             in_words: explain_gate(GATE_NAME, &g.gate),
             validation: g.validation.clone(),
             test: g.test.clone(),
-            residual_test: g.residual_test.clone(),
-            condition_test: g.condition_test.clone(),
+            beside: g
+                .beside
+                .iter()
+                .map(|b| Group {
+                    name: b.name.clone(),
+                    detection: b.test.clone(),
+                })
+                .collect(),
         }),
         discovery: Discovery {
             methods: found.table.methods.clone(),
@@ -329,7 +337,11 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
         ),
         Arm::GatedClampDamped => (
             "Gated clamp, damped",
-            "The gated clamp, and where the gate is closed the same latents are damped.",
+            "The gated clamp, and where the gate is closed the same latents are set to the other side while a reply begins.",
+        ),
+        Arm::DefaultPlan => (
+            "Default plan",
+            "The plan that demur ships: a gate and a clamp that another study trained and chose.",
         ),
         Arm::SystemPrompt => (
             "System prompt",

@@ -1,8 +1,9 @@
-//! SAEs that are built into the binary.
+//! The SAEs and the plan that are built into the binary.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use demur_sae::Sae;
 use demur_sae::saelens::{Files, parse};
+use demur_steering::SteeringPlan;
 
 /// `(name, files)`.
 const SHIPPED: [(&str, Files<'static>); 1] = [(
@@ -15,6 +16,14 @@ const SHIPPED: [(&str, Files<'static>); 1] = [(
         )),
     },
 )];
+
+/// What `default` means where a plan is asked for.
+const DEFAULT_PLAN: &str = include_str!("../../plans/default.toml");
+
+/// The plan that is shipped for the default model and its SAE.
+pub fn plan() -> Result<SteeringPlan> {
+    SteeringPlan::from_toml(DEFAULT_PLAN).context("the shipped plan")
+}
 
 /// The shipped SAE of this name, the sha256 of its weights, and its manifest.
 pub fn load(name: &str) -> Result<(Sae, String, serde_json::Value)> {

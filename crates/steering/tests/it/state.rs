@@ -188,6 +188,50 @@ fn a_direction_can_be_a_gate() {
     }
 }
 
+#[test]
+fn probes_at_several_sites_are_one_score() {
+    use demur_steering::{Aggregate, Probe};
+    let probe = |site: &str, direction: [f32; 2]| Probe {
+        site: site.to_owned(),
+        direction: direction.to_vec(),
+    };
+    let change = |threshold: f32, second: &'static str| {
+        move |p: &mut SteeringPlan| {
+            let gate = p.gates.get_mut("unsafe").unwrap();
+            gate.weights.clear();
+            gate.probes = vec![probe("layers.0", [1.0, 0.0]), probe(second, [0.0, 0.5])];
+            (gate.site, gate.aggregate) = ("layers.1".to_owned(), Aggregate::Mean);
+            gate.threshold = threshold;
+        }
+    };
+    // The first token gives 0.5 + 1, the second 1.5 + 3: 3 on the mean. The template is not read.
+    let prompt = [
+        BOS,
+        (Role::User, 0.5, 2.0),
+        (Role::User, 1.5, 6.0),
+        (Role::Template, 9.0, 9.0),
+    ];
+    for second in ["layers.0", "layers.1"] {
+        for (threshold, open) in [(2.99, true), (3.01, false)] {
+            let compiled = plan(change(threshold, second)).unwrap();
+            let mut talk = Talk::new(&compiled);
+            talk.pass(false, &prompt);
+            talk.pass(true, &[(Role::Assistant, 50.0, 50.0)]);
+            let gate = &talk.state.audit().unwrap()["gates"][0];
+            assert_eq!(gate["open"], open);
+            assert!(
+                (gate["score"].as_f64().unwrap() - 3.0).abs() < 1e-6,
+                "{gate}"
+            );
+        }
+    }
+    let e = plan(change(0.0, "layers.2")).unwrap_err().to_string();
+    assert!(
+        e.contains("probes[1]") && e.contains("layers.2") | e.contains("blocks.2"),
+        "{e}"
+    );
+}
+
 /// Without gates a prompt may come in pieces: rows and audit are as if it came whole.
 #[test]
 fn a_plan_without_gates_does_not_see_the_cuts() {
