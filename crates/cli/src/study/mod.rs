@@ -32,6 +32,7 @@ use demur_model::tokenizer::Special;
 use demur_sae::Sae;
 use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, absolute, compile};
 
+use crate::exit::Hinted;
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{note, say};
@@ -98,6 +99,9 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let trained = corpus_and_sae(&mut run, c)?;
     let harvest_dir = run.dir.join("harvest");
     let sae = train::load(c, &run.dir.join("train"))?;
+    if c.study.evaluate.arms.contains(&config::Arm::DefaultPlan) {
+        fits_default_plan(c, &sae, &trained.sha256)?;
+    }
     let gate = match c.study.wants_gate() {
         true => Some(train_gate(&mut run, c, &sae, &trained.sha256)?),
         false => None,
@@ -142,6 +146,27 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
         run.dir.join("report.html").display()
     ));
     Ok(record)
+}
+
+/// Says before the long stages that the shipped plan is not for this model or this SAE.
+fn fits_default_plan(c: &StudyContext, sae: &Arc<Sae>, sha256: &str) -> Result<()> {
+    let entry = SaeEntry {
+        sae: Arc::clone(sae),
+        sha256: sha256.to_owned(),
+        max_activation: None,
+        resid_norm: None,
+    };
+    let (spec, saes) = (
+        c.loaded.model.spec(),
+        BTreeMap::from([(SAE_NAME.to_owned(), entry)]),
+    );
+    compile(&default_plan()?, &saes, spec.n_layers, spec.d_model).with_context(|| {
+        Hinted::new(
+            "the arm default_plan does not fit this study",
+            "take it out of evaluate.arms: the plan is for the default model and its shipped SAE",
+        )
+    })?;
+    Ok(())
 }
 
 /// Runs the stages up to `train`; returns the SAE's folder and its figures.
