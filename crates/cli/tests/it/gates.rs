@@ -14,11 +14,14 @@ fn a_gate_on_latents_is_trained_tested_and_used() {
 
 #[test]
 fn a_gate_on_the_residual_is_trained_tested_and_used() {
-    let trained = trained_tested_and_used("gate.reads=[\"residual\"]", "gate.sites=[\"layers.0\"]");
+    let trained = trained_tested_and_used(
+        "gate.reads=[\"residual\"]",
+        "gate.sites=[\"blocks.0.hook_resid_mid\"]",
+    );
     let probes = trained["gate"]["probes"].as_array().unwrap();
     let sites: Vec<&str> = probes.iter().map(|p| p["site"].as_str().unwrap()).collect();
     assert_eq!(sites.len(), 2, "{sites:?}");
-    assert_eq!(sites[0], "blocks.0.hook_resid_post");
+    assert_eq!(sites[0], "blocks.0.hook_resid_mid");
 }
 
 /// Trains a gate, tests it, and runs the arms that use it; gives what was trained.
