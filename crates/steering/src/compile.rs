@@ -203,7 +203,7 @@ fn compile_gate(
     let site = resolve_site(&gate.site, n_layers, &place)?;
     let mut gate = gate.clone();
     let mut sae = None;
-    if let (Some(sae_name), true) = (&gate.sae, gate.direction.is_empty()) {
+    if let (Some(sae_name), false) = (&gate.sae, gate.weights.is_empty()) {
         let entry = entry(saes, sae_name, &place)?;
         let read = gate.weights.iter().map(|w| w.latent);
         check_sae(sae_name, entry, read, d_model, &place)?;

@@ -186,6 +186,7 @@ impl CompiledGate {
             }
             let x = &resid[t * d..(t + 1) * d];
             let score = match (&self.sae, codes) {
+                _ if !self.probes.is_empty() => gate.bias + probed[t],
                 (Some(sae), codes) => {
                     for (f, w) in latents.iter_mut().zip(&gate.weights) {
                         *f = match codes {
@@ -196,7 +197,6 @@ impl CompiledGate {
                     let both = latents.iter().zip(&gate.weights);
                     both.fold(gate.bias, |s, (f, w)| s + w.weight * f)
                 }
-                _ if !self.probes.is_empty() => gate.bias + probed[t],
                 (None, _) => gate.bias + cosine(x, &gate.direction),
             };
             state.push(score, &latents);

@@ -41,3 +41,36 @@ pub fn load(name: &str) -> Result<(Sae, String, serde_json::Value)> {
         .unwrap_or_default();
     Ok((sae, sha256.to_owned(), manifest))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use demur_steering::Condition;
+
+    #[test]
+    fn the_default_plan_is_for_the_shipped_sae() {
+        let plan = plan().unwrap();
+        let (sae, sha256, _) = load("qwen2.5-coder-0.5b-l12").unwrap();
+        assert_eq!(plan.saes["main"], sha256);
+        let gate = &plan.gates["unsafe"];
+        assert!(
+            gate.probes
+                .iter()
+                .all(|p| p.direction.len() == sae.d_model())
+        );
+        // One of the two interventions is always on, and they push the same latent opposite ways.
+        let [on, off] = &plan.interventions[..] else {
+            panic!("{:?}", plan.interventions.len());
+        };
+        let open = Condition::Gate("unsafe".to_owned());
+        assert_eq!(on.when, Some(open.clone()));
+        assert_eq!(
+            off.when,
+            Some(Condition::Not {
+                not: Box::new(open)
+            })
+        );
+        assert_eq!(on.edits[0].latent, off.edits[0].latent);
+        assert!(on.edits[0].value > 0.0 && off.edits[0].value < 0.0);
+    }
+}
