@@ -15,7 +15,7 @@ use crate::judge::Verdict;
 use crate::prompts::{Label, Split};
 
 /// Version of the layout.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// Everything that a study found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,9 +1,9 @@
 //! Gates that are trained: what tells an unsafe request from one that only looks so.
 //!
 //! Each prompt becomes one row: every latent's activation over the tokens that the gate will read, or
-//! the residual at one site or several, pooled as the gate will pool it ([`Reading`]). A logistic regression with classes of equal weight
-//! ([`crate::logistic`]) is fitted to all standardised columns, the `m` columns of largest weight are
-//! kept, and fitted again. Reading, `m` and the penalty are chosen by AUROC on validation prompts;
+//! the residual at one site or several, pooled as the gate will pool it ([`Reading`]). A logistic
+//! regression with classes of equal weight ([`crate::logistic`]) is fitted to all standardised columns,
+//! the `m` columns of largest weight are kept, and fitted again. Reading, `m` and the penalty are chosen by AUROC on validation prompts;
 //! there the log-odds are calibrated (Platt 1999, `p = sigmoid(a s + b)` with his smoothed targets
 //! left out: both classes have hundreds of prompts), and the threshold is the largest at which the
 //! asked recall is reached. The weights that leave are those of raw activations with all of this
@@ -49,19 +49,18 @@ pub struct Pooled {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Reads prompts in every way: the latents of `sae` at `site`, and the raw residual at `probed` sites.
+/// Reads prompts in every way: the raw residual at `sites`, and the latents of `sae` at the last of them.
 ///
 /// Returns the latents' rows, `d_sae` wide, twelve readings, none without an SAE; and the residual's,
-/// `d_model` wide for each of the `probed` in turn, of which membership says nothing. `on_prompt` is
+/// `d_model` wide for each of the `sites` in turn, of which membership says nothing. `on_prompt` is
 /// called after each.
 ///
 /// # Errors
 /// What the model refuses.
 pub fn read(
     model: &Model,
-    site: Site,
+    sites: &[Site],
     sae: Option<&Sae>,
-    probed: &[Site],
     sequences: &[Sequence],
     batch_tokens: usize,
     mut on_prompt: impl FnMut(),
@@ -87,23 +86,20 @@ pub fn read(
         .filter(|p| p.reading.aggregate != Aggregate::LatentMax)
         .collect();
     let d = model.spec().d_model;
-    let sites: Vec<Site> = probed.iter().copied().chain([site]).collect();
     harvest_sites(
         model,
-        &sites,
+        sites,
         sequences,
         batch_tokens,
         Products::Int8,
         |i, by_site| {
             let roles = &sequences[i].roles;
             for p in &mut raw {
-                let pooled = by_site[..probed.len()]
-                    .iter()
-                    .flat_map(|x| pool(&p.reading, x, roles));
+                let pooled = by_site.iter().flat_map(|x| pool(&p.reading, x, roles));
                 p.rows.push(pooled.collect());
             }
             on_prompt();
-            let (Some(sae), x) = (sae, by_site[probed.len()]) else {
+            let (Some(sae), Some(&x)) = (sae, by_site.last()) else {
                 return Ok(());
             };
             let n = roles.len();

@@ -198,7 +198,13 @@ impl Gate {
         let latents = !self.weights.is_empty();
         let kinds = [latents, !self.direction.is_empty(), !self.probes.is_empty()];
         match kinds.iter().filter(|k| **k).count() {
-            0 => return bad("weights", 0.0, "must name at least one latent"),
+            0 => {
+                return bad(
+                    "weights",
+                    0.0,
+                    "is empty: give weights, a direction or probes",
+                );
+            }
             1 => {}
             _ => {
                 return bad(

@@ -75,7 +75,7 @@ impl InterventionState for PlanState {
         let parts = Arc::clone(&self.parts);
         let mut encoded = Encoded::default();
         for (gate, state) in parts.gates.iter().zip(&mut self.gates) {
-            gate.probe(state, site, resid);
+            gate.probe(state, site, rows, resid);
             if gate.site == site {
                 gate.read(state, rows, resid, &mut encoded);
             }
@@ -143,7 +143,10 @@ impl InterventionState for PlanState {
 
 impl CompiledGate {
     /// Notes what the gate's probes at `site` make of each row.
-    fn probe(&self, state: &mut GateState, site: Site, resid: &[f32]) {
+    fn probe(&self, state: &mut GateState, site: Site, rows: &Rows<'_>, resid: &[f32]) {
+        if rows.generated && !self.gate.during_generation {
+            return;
+        }
         for (_, v) in self.probes.iter().filter(|p| p.0 == site) {
             state.pending.resize(resid.len() / v.len(), 0.0);
             for (s, x) in state.pending.iter_mut().zip(resid.chunks_exact(v.len())) {
@@ -156,11 +159,11 @@ impl CompiledGate {
     fn read(&self, state: &mut GateState, rows: &Rows<'_>, resid: &[f32], encoded: &mut Encoded) {
         let (n, gate) = (rows.tokens.len(), &self.gate);
         let d = resid.len() / n;
-        let probed = std::mem::take(&mut state.pending);
         if rows.generated && !gate.during_generation {
             state.after_reply = true;
             return;
         }
+        let probed = std::mem::take(&mut state.pending);
         let exact = self
             .sae
             .as_ref()

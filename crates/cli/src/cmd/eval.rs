@@ -125,7 +125,7 @@ struct How {
     /// How products are computed.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// A steering plan, run beside base; may be repeated.
+    /// A steering plan, run beside base; may be repeated. `default` is the shipped one.
     #[arg(long = "plan", value_name = "FILE")]
     plans: Vec<PathBuf>,
     /// Folder of the SAE that the plans name; a study's folder works too.

@@ -56,7 +56,7 @@ enum Action {
     Test {
         /// JSONL(.gz) of prompts with `label`.
         prompts: PathBuf,
-        /// The plan with the gates.
+        /// The plan with the gates; `default` is the shipped one.
         #[arg(long, default_value = "runs/quickstart/gate.toml", value_name = "FILE")]
         plan: PathBuf,
         /// Folder of the SAE that the plan names; a study's folder works too.
@@ -169,8 +169,8 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
             roles: rendered.roles,
         });
     }
-    for (at, (name, gate)) in plan.gates.iter().enumerate() {
-        let scores = scores(&loaded, &compiled, at, &sequences)?;
+    let scores = scores(&loaded, &compiled, plan.gates.len(), &sequences)?;
+    for ((name, gate), scores) in plan.gates.iter().zip(scores) {
         let labels = rows.iter().map(|p| p.label == Some(Label::Unsafe));
         let scored: Vec<(f64, bool)> = scores.into_iter().zip(labels).collect();
         let found = detection(&scored, f64::from(gate.threshold));
@@ -188,14 +188,14 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
     Ok(())
 }
 
-/// The scores of the plan's gate number `at`, by the very code that runs while a model is steered.
+/// The scores of each of the plan's gates, by the very code that runs while a model is steered.
 fn scores(
     loaded: &Loaded,
     plan: &Arc<CompiledPlan>,
-    at: usize,
+    n_gates: usize,
     sequences: &[Sequence],
-) -> Result<Vec<f64>> {
-    let mut scores = Vec::with_capacity(sequences.len());
+) -> Result<Vec<Vec<f64>>> {
+    let mut scores = vec![Vec::with_capacity(sequences.len()); n_gates];
     let bar = Progress::new("gate", "prompts", sequences.len() as u64);
     let sites = plan.sites();
     harvest_sites(
@@ -218,8 +218,10 @@ fn scores(
             }
             let audit = state.audit().unwrap_or_default();
             // A gate that has read no token is closed.
-            let score = audit["gates"][at]["score"].as_f64();
-            scores.push(score.unwrap_or(f64::NEG_INFINITY));
+            for (at, scores) in scores.iter_mut().enumerate() {
+                let score = audit["gates"][at]["score"].as_f64();
+                scores.push(score.unwrap_or(f64::NEG_INFINITY));
+            }
             bar.advance(1);
             Ok(())
         },

@@ -56,7 +56,7 @@ pub struct Common {
     /// How products are computed.
     #[arg(long, value_enum, default_value_t)]
     pub precision: Precision,
-    /// A steering plan, TOML or JSON.
+    /// A steering plan, TOML or JSON; `default` is the shipped one.
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
     /// Folder of the SAE that the plan names; a study's folder works too.

@@ -25,7 +25,7 @@ pub struct Args {
 enum Action {
     /// Check the plan's syntax, names and numbers; with --model also that it fits.
     Check {
-        /// The plan, TOML or JSON.
+        /// The plan, TOML or JSON; `default` is the shipped one.
         plan: PathBuf,
         /// Check sites, widths and latents against this model: a catalogue name or a path.
         #[arg(long, short, value_name = "MODEL")]
@@ -38,7 +38,7 @@ enum Action {
     Schema,
     /// Say in words what the plan does.
     Explain {
-        /// The plan, TOML or JSON.
+        /// The plan, TOML or JSON; `default` is the shipped one.
         plan: PathBuf,
     },
     /// Say where two plans differ, defaults written out.

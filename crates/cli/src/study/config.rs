@@ -597,6 +597,9 @@ impl Study {
             bail!("tune.aim_refusal_unsafe: give a fraction between 0 and 1");
         }
         let g = &self.gate;
+        if g.reads.is_empty() || (1..g.reads.len()).any(|i| g.reads[..i].contains(&g.reads[i])) {
+            bail!("gate.reads: give latents, residual or both, each once");
+        }
         if g.sizes.is_empty() || g.sizes.contains(&0) {
             bail!("gate.sizes: give at least one size, each at least 1");
         }
@@ -706,6 +709,8 @@ mod tests {
         refused("sede=3", "sede");
         refused("tune.valeus=[1]", "valeus");
         refused("tune.values=[]", "tune.values");
+        refused("gate.reads=[]", "gate.reads");
+        refused(r#"gate.reads=["latents", "latents"]"#, "gate.reads");
         refused("gate.sizes=[0]", "gate.sizes");
         refused("gate.l2=[0.0]", "gate.l2");
         refused("gate.recall=1.5", "gate.recall");

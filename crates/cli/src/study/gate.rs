@@ -33,8 +33,6 @@ const NO_CATEGORY: &str = "none";
 pub struct Trained {
     /// Opens on requests that look unsafe; its score is the log-odds.
     pub gate: Gate,
-    /// What it reads.
-    pub reads: Reads,
     /// The settings tried, the best on validation first.
     pub tried: Vec<Tried>,
     /// Of the gate on validation prompts, on which it was chosen.
@@ -88,9 +86,8 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
     let probed = probed_sites(c)?;
     let (latents, residual) = gate::read(
         &c.loaded.model,
-        c.site,
-        cfg.reads.contains(&Reads::Latents).then_some(sae),
         &probed,
+        cfg.reads.contains(&Reads::Latents).then_some(sae),
         &sequences,
         tokens,
         || bar.advance(1),
@@ -130,14 +127,7 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
         .iter()
         .map(|(reads, trained, scored)| both(in_words(*reads), scored, trained.threshold))
         .collect();
-    let (condition, by_condition) = condition(
-        c,
-        &residual,
-        probed.iter().position(|s| *s == c.site),
-        &labels,
-        &train,
-        &validation,
-    )?;
+    let (condition, by_condition) = condition(c, &residual, &labels, &train, &validation)?;
     beside.push(both(
         "the cosine condition",
         &by_condition,
@@ -158,7 +148,6 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
             Reads::Latents => trained.gate_on_latents(c.site, SAE_NAME),
             Reads::Residual => trained.gate_on_residual(c.site, &probed, sae.d_model()),
         },
-        reads,
         validation: report(&validation),
         test: report(&test),
         tried: trained.tried.clone(),
@@ -174,7 +163,7 @@ fn in_words(reads: Reads) -> &'static str {
     }
 }
 
-/// The sites whose residual a gate may read, the SAE's among them.
+/// The sites whose residual a gate may read, the SAE's the last.
 fn probed_sites(c: &StudyContext) -> Result<Vec<Site>> {
     let mut sites = Vec::new();
     for name in &c.study.gate.sites {
@@ -308,11 +297,9 @@ fn report(prompts: &[Prompt], scored: &[(f64, bool)], threshold: f64, known: &[&
 }
 
 /// The condition of CAST, with the threshold that reaches the asked recall on validation prompts.
-/// `block` says which of the sites in the residual's rows is the SAE's.
 fn condition(
     c: &StudyContext,
     residual: &[Pooled],
-    block: Option<usize>,
     labels: &[bool],
     train: &std::ops::Range<usize>,
     validation: &std::ops::Range<usize>,
@@ -323,8 +310,9 @@ fn condition(
         .find(|p| p.reading.aggregate == Aggregate::Last && p.reading.roles == roles)
         .context("the last token was not read")?;
     let width = c.loaded.model.spec().d_model;
-    let from = block.context("the SAE's site was not read")? * width;
-    let rows: Vec<&[f32]> = last.rows.iter().map(|r| &r[from..from + width]).collect();
+    // The SAE's site is the last.
+    let of_site = last.rows.iter().map(|r| &r[r.len() - width..]);
+    let rows: Vec<&[f32]> = of_site.collect();
     let mean = |want: bool| -> Vec<f64> {
         let mut sum = vec![0.0; width];
         let of = train.clone().filter(|&i| labels[i] == want);

@@ -40,6 +40,7 @@ use config::{SaeSource, ShippedPairs, Study};
 pub use gate::{GATE_NAME, Trained as TrainedGate};
 use run::stamp;
 pub use run::{STAGES, write_atomic};
+pub use shipped::plan as default_plan;
 
 /// The name that plans of a study give its SAE.
 pub const SAE_NAME: &str = "main";
@@ -150,17 +151,13 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
 
 /// Says before the long stages that the shipped plan is not for this model or this SAE.
 fn fits_default_plan(c: &StudyContext, sae: &Arc<Sae>, sha256: &str) -> Result<()> {
-    let entry = SaeEntry {
+    let working = Working {
         sae: Arc::clone(sae),
         sha256: sha256.to_owned(),
-        max_activation: None,
-        resid_norm: None,
+        max_activation: Arc::default(), // the plan's values are absolute
+        resid_norm: 0.0,
     };
-    let (spec, saes) = (
-        c.loaded.model.spec(),
-        BTreeMap::from([(SAE_NAME.to_owned(), entry)]),
-    );
-    compile(&default_plan()?, &saes, spec.n_layers, spec.d_model).with_context(|| {
+    c.compile(&default_plan()?, &working).with_context(|| {
         Hinted::new(
             "the arm default_plan does not fit this study",
             "take it out of evaluate.arms: the plan is for the default model and its shipped SAE",
@@ -202,8 +199,6 @@ fn train_gate(
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
     Ok(trained)
 }
-
-pub use shipped::plan as default_plan;
 
 /// The shipped SAE of the default study, and the sha256 of its weights.
 pub fn shipped_sae() -> Result<(Sae, String)> {

@@ -28,7 +28,7 @@ pub const STAGES: [&str; 8] = [
 ];
 
 /// Raised when a stage's output changes for the same input within a version of demur.
-const STAGE_VERSION: u32 = 2;
+const STAGE_VERSION: u32 = 3;
 
 /// The file that a process locks while it works in the folder.
 const LOCK: &str = ".lock";

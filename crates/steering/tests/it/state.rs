@@ -216,7 +216,9 @@ fn probes_at_several_sites_are_one_score() {
             let compiled = plan(change(threshold, second)).unwrap();
             let mut talk = Talk::new(&compiled);
             talk.pass(false, &prompt);
+            // The reply is not read, and the next turn's rows are its own.
             talk.pass(true, &[(Role::Assistant, 50.0, 50.0)]);
+            talk.pass(false, &[(Role::User, 0.5, 5.0)]);
             let gate = &talk.state.audit().unwrap()["gates"][0];
             assert_eq!(gate["open"], open);
             assert!(
@@ -226,10 +228,17 @@ fn probes_at_several_sites_are_one_score() {
         }
     }
     let e = plan(change(0.0, "layers.2")).unwrap_err().to_string();
-    assert!(
-        e.contains("probes[1]") && e.contains("layers.2") | e.contains("blocks.2"),
-        "{e}"
-    );
+    assert!(e.contains("probes[1]") && e.contains("blocks.2"), "{e}");
+    let both = plan(|p| {
+        let gate = p.gates.get_mut("unsafe").unwrap();
+        gate.probes = vec![probe("layers.0", [1.0, 0.0])];
+    });
+    assert!(both.unwrap_err().to_string().contains("one of the three"));
+    let infinite = plan(|p| {
+        change(0.0, "layers.1")(p);
+        p.gates.get_mut("unsafe").unwrap().probes[0].direction[1] = f32::INFINITY;
+    });
+    assert!(infinite.unwrap_err().to_string().contains("probes"));
 }
 
 /// Without gates a prompt may come in pieces: rows and audit are as if it came whole.
