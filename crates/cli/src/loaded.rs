@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use demur_kernels::cache::CacheFormat;
 use demur_kernels::linear::Precision;
 use demur_model::chat::{ChatTemplate, Message};
 use demur_model::checkpoint::Checkpoint;
@@ -55,6 +56,16 @@ impl Loaded {
             tokenizer,
             chat,
         })
+    }
+
+    /// The same, with keys and values kept as `kv_cache`.
+    pub fn keeping(mut self, kv_cache: config::CacheFormat) -> Self {
+        self.model.set_cache_format(match kv_cache {
+            config::CacheFormat::F32 => CacheFormat::F32,
+            config::CacheFormat::Bf16 => CacheFormat::Bf16,
+            config::CacheFormat::Int8 => CacheFormat::Int8,
+        });
+        self
     }
 
     /// The chat template, or why there is none.

@@ -40,6 +40,9 @@ pub struct Record {
     pub gate: Option<GateFacts>,
     pub discovery: Discovery,
     pub tune: Tune,
+    /// How the gate's scores were chosen, if an arm damps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     pub plan: Value,
     pub plan_sha256: String,
     pub plan_in_words: String,
@@ -197,6 +200,36 @@ pub struct SweepPoint {
     pub gibberish: usize,
     /// Mean KL at the first reply token of benign prompts, nats.
     pub kl: f64,
+    pub chosen: bool,
+}
+
+/// Where a gate opens and where it is clear, chosen on validation prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Calibration {
+    pub aim: String,
+    /// Base on the same prompts.
+    pub base_unsafe: Estimate,
+    pub base_safe: Estimate,
+    /// The settings that no other beats in both figures, most unsafe requests refused first.
+    pub front: Vec<Setting>,
+}
+
+/// One setting of the gate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Setting {
+    /// The gate is open at or above this score.
+    pub threshold: f32,
+    /// And clear below this one.
+    pub clear: Option<f32>,
+    /// The value on the other side that latents are set to where it is clear, times the clamp's.
+    pub damp: f64,
+    pub refusal_unsafe: Estimate,
+    pub refusal_safe: Estimate,
+    pub gibberish: usize,
+    /// Mean KL over the replies to ordinary chats, nats a token.
+    pub chat_kl: f64,
     pub chosen: bool,
 }
 

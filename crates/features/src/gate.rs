@@ -260,6 +260,7 @@ impl Trained {
             scope: Scope::Turn,
             threshold: self.threshold as f32,
             hysteresis: 0.0,
+            clear: None,
             latch: false,
             roles: self.reading.roles.clone(),
             during_generation: false,

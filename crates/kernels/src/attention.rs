@@ -13,6 +13,7 @@
 
 use std::cell::RefCell;
 
+use crate::cache::CacheRows;
 use crate::dispatch::{Isa, isa};
 use crate::ops;
 use crate::pool;
@@ -40,9 +41,9 @@ pub struct SeqAttention<'a> {
     /// `[n, n_heads, d_head]`.
     pub q: &'a [f32],
     /// `[start + n, n_kv_heads, d_head]`, or longer.
-    pub k: &'a [f32],
+    pub k: &'a CacheRows,
     /// As `k`.
-    pub v: &'a [f32],
+    pub v: &'a CacheRows,
     /// Position of the first query.
     pub start: usize,
     /// `[n, n_heads, d_head]`.
@@ -71,13 +72,13 @@ pub fn attention(shape: &AttentionShape, seqs: &mut [SeqAttention<'_>]) {
         d_head,
         ..
     } = *shape;
-    let (q_row, kv_row) = (n_heads * d_head, n_kv_heads * d_head);
+    let q_row = n_heads * d_head;
     let mut tasks = Vec::new();
     for seq in seqs.iter_mut() {
         let n = seq.q.len() / q_row.max(1);
-        let length = (seq.start + n) * kv_row;
+        let length = (seq.start + n) * n_kv_heads;
         assert!(
-            seq.k.len() >= length && seq.v.len() >= length,
+            seq.k.heads() >= length && seq.v.heads() >= length,
             "the cache holds all positions"
         );
         assert_eq!(seq.out.len(), seq.q.len(), "out is as q");
@@ -123,8 +124,8 @@ pub fn attention(shape: &AttentionShape, seqs: &mut [SeqAttention<'_>]) {
 /// Queries `first ..` of one key-value head; query `i` is row `i / group`, head `i % group`.
 struct Task<'a> {
     q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
+    k: &'a CacheRows,
+    v: &'a CacheRows,
     start: usize,
     kv: usize,
     first: usize,
@@ -141,15 +142,31 @@ impl Task<'_> {
             ..
         } = *shape;
         let group = n_heads / n_kv_heads;
-        let kv_row = n_kv_heads * d_head;
+        let oldest = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
+        // Where all its heads begin, and how far one position is from the next.
+        let (base, keys, values, stride);
+        match (self.k.as_f32(), self.v.as_f32()) {
+            (Some(k), Some(v)) => {
+                (base, stride) = (0, n_kv_heads * d_head);
+                (keys, values) = (&k[self.kv * d_head..], &v[self.kv * d_head..]);
+            }
+            _ => {
+                base = oldest(self.start + self.first / group);
+                let last = self.start + (self.first + self.out.len() - 1) / group;
+                let (first, n) = (base * n_kv_heads + self.kv, last + 1 - base);
+                self.k.widen(first, n_kv_heads, n, &mut scratch.keys);
+                self.v.widen(first, n_kv_heads, n, &mut scratch.values);
+                stride = d_head;
+                (keys, values) = (&scratch.keys[..], &scratch.values[..]);
+            }
+        }
         for (t, out) in self.out.chunks_mut(N).enumerate() {
             let first = self.first + t * N;
             // A tile that is not full repeats its last query.
             let query = |i: usize| first + i.min(out.len() - 1);
             let position = |i: usize| self.start + query(i) / group;
-            let oldest = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
             let from = oldest(position(0));
-            let cache = from * kv_row + self.kv * d_head;
+            let cache = (from - base) * stride;
             let tile = Tile::<N> {
                 q: std::array::from_fn(|i| {
                     let (row, head) = (query(i) / group, self.kv * group + query(i) % group);
@@ -157,14 +174,14 @@ impl Task<'_> {
                 }),
                 seen_from: std::array::from_fn(|i| (oldest(position(i)) - from) as u32),
                 seen_to: std::array::from_fn(|i| (position(i) - from) as u32),
-                keys: &self.k[cache..],
-                values: &self.v[cache..],
-                stride: kv_row,
+                keys: &keys[cache..],
+                values: &values[cache..],
+                stride,
                 length: position(N - 1) + 1 - from,
                 scale: shape.scale,
                 softcap: shape.softcap,
             };
-            tile.run(scratch, out);
+            tile.run(&mut scratch.q, &mut scratch.scores, out);
         }
     }
 }
@@ -179,6 +196,9 @@ thread_local! {
 struct Scratch<const N: usize> {
     q: Vec<[f32; N]>,      // [d_head], scaled
     scores: Vec<[f32; N]>, // [length]
+    // Of a rounded cache: what the head's queries see, `[positions, d_head]`.
+    keys: Vec<f32>,
+    values: Vec<f32>,
 }
 
 /// `N` queries with the stretch of the cache that at least one of them sees.
@@ -197,37 +217,42 @@ struct Tile<'a, const N: usize> {
 }
 
 impl<const N: usize> Tile<'_, N> {
-    fn run(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
+    fn run(&self, q: &mut Vec<[f32; N]>, scores: &mut Vec<[f32; N]>, out: &mut [&mut [f32]]) {
         #[cfg(target_arch = "x86_64")]
         if isa() >= Isa::Avx512 {
             // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
-            return unsafe { self.run_avx512(scratch, out) };
+            return unsafe { self.run_avx512(q, scores, out) };
         } else if isa() >= Isa::Avx2 {
             // SAFETY: as above.
-            return unsafe { self.run_avx2(scratch, out) };
+            return unsafe { self.run_avx2(q, scores, out) };
         }
-        self.body::<false, false>(scratch, out);
+        self.body::<false, false>(q, scores, out);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    fn run_avx512(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
-        self.body::<true, true>(scratch, out);
+    fn run_avx512(
+        &self,
+        q: &mut Vec<[f32; N]>,
+        scores: &mut Vec<[f32; N]>,
+        out: &mut [&mut [f32]],
+    ) {
+        self.body::<true, true>(q, scores, out);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    fn run_avx2(&self, scratch: &mut Scratch<N>, out: &mut [&mut [f32]]) {
-        self.body::<true, false>(scratch, out);
+    fn run_avx2(&self, q: &mut Vec<[f32; N]>, scores: &mut Vec<[f32; N]>, out: &mut [&mut [f32]]) {
+        self.body::<true, false>(q, scores, out);
     }
 
     #[inline(always)]
     fn body<const FMA: bool, const AVX512: bool>(
         &self,
-        scratch: &mut Scratch<N>,
+        q: &mut Vec<[f32; N]>,
+        scores: &mut Vec<[f32; N]>,
         out: &mut [&mut [f32]],
     ) {
-        let Scratch { q, scores } = scratch;
         q.clear();
         q.extend((0..self.q[0].len()).map(|i| self.q.map(|q| q[i] * self.scale)));
         scores.clear();
@@ -465,8 +490,22 @@ fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::CacheFormat;
     use crate::dispatch::on_every_isa;
     use crate::testing::noise;
+
+    fn kept(format: CacheFormat, d_head: usize, x: &[f32]) -> CacheRows {
+        let mut rows = CacheRows::new(format, d_head);
+        rows.push(x);
+        rows
+    }
+
+    /// What `rows` gives back.
+    fn rounded(rows: &CacheRows) -> Vec<f32> {
+        let mut out = Vec::new();
+        rows.widen(0, 1, rows.heads(), &mut out);
+        out
+    }
 
     /// One query at a time, in f64, straight from the definition.
     fn reference(
@@ -542,34 +581,42 @@ mod tests {
             let q = noise(n * 6 * d_head, 1);
             let k = noise((start + n) * 2 * d_head, 2);
             let v = noise((start + n) * 2 * d_head, 3);
-            let mut out = vec![f32::NAN; q.len()];
-            attention(
-                &shape,
-                &mut [SeqAttention {
-                    q: &q,
-                    k: &k,
-                    v: &v,
-                    start,
-                    out: &mut out,
-                }],
-            );
-            let expected = reference(&shape, &q, &k, &v, start);
-            for (i, (f, e)) in out.iter().zip(&expected).enumerate() {
-                let near = (f64::from(*f) - e).abs() <= 1e-5;
-                assert!(
-                    near,
-                    "n {n} start {start} d_head {d_head}, at {i}: {f} against {e}"
+            for format in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8] {
+                let (k, v) = (kept(format, d_head, &k), kept(format, d_head, &v));
+                let mut out = vec![f32::NAN; q.len()];
+                attention(
+                    &shape,
+                    &mut [SeqAttention {
+                        q: &q,
+                        k: &k,
+                        v: &v,
+                        start,
+                        out: &mut out,
+                    }],
                 );
+                // Of what the cache kept: nothing else is rounded.
+                let expected = reference(&shape, &q, &rounded(&k), &rounded(&v), start);
+                for (i, (f, e)) in out.iter().zip(&expected).enumerate() {
+                    let near = (f64::from(*f) - e).abs() <= 1e-5;
+                    assert!(
+                        near,
+                        "{format:?} n {n} start {start} d_head {d_head}, at {i}: {f} against {e}"
+                    );
+                }
             }
         }
     }
 
     #[test]
     fn one_at_a_time_has_the_same_bits() {
-        on_every_isa(|_| check_one_at_a_time());
+        on_every_isa(|_| {
+            for format in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8] {
+                check_one_at_a_time(format);
+            }
+        });
     }
 
-    fn check_one_at_a_time() {
+    fn check_one_at_a_time(format: CacheFormat) {
         let shape = AttentionShape {
             n_heads: 4,
             n_kv_heads: 2,
@@ -579,7 +626,9 @@ mod tests {
             softcap: None,
         };
         let n = 37;
-        let (q, k, v) = (noise(n * 64, 1), noise(n * 32, 2), noise(n * 32, 3));
+        let q = noise(n * 64, 1);
+        let (k, v) = (noise(n * 32, 2), noise(n * 32, 3));
+        let (k, v) = (kept(format, 16, &k), kept(format, 16, &v));
         let mut all = vec![0.0; q.len()];
         attention(
             &shape,

@@ -10,6 +10,7 @@
 //! | [`linear`] | `y = x Wᵀ + b` with weights packed once |
 //! | [`mlp`] | the gated MLP, its hidden activations never in memory |
 //! | [`attention`] | causal attention over ragged caches |
+//! | [`cache`] | keys and values, in f32 or rounded |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
 //! | [`encoder`] | product and top-k of an autoencoder's encoder in one pass, bf16 or f32 |
 //! | [`element`] | rows of bf16 or f32, gathered and summed |
@@ -22,6 +23,7 @@
 
 pub mod adam;
 pub mod attention;
+pub mod cache;
 pub mod dispatch;
 pub mod element;
 pub mod encoder;

@@ -50,6 +50,14 @@ pub enum SteeringError {
         /// The names there are, comma-separated.
         known: String,
     },
+    /// An intervention waits for a gate to be clear that never is.
+    #[error("{place}: gate '{name}' is never clear; give it a score to be clear below, `clear`")]
+    NeverClear {
+        /// Where in the plan.
+        place: String,
+        /// The gate.
+        name: String,
+    },
     /// A gate would decide after the edit that waits for it.
     #[error(
         "{place}: gate '{name}' reads {gate_site}, after the edit at {site}; a gate must read at or before the site that it turns on"

@@ -53,6 +53,9 @@ pub fn explain_gate(name: &str, gate: &Gate) -> String {
             gate.threshold - gate.hysteresis
         );
     }
+    if let Some(clear) = gate.clear {
+        let _ = write!(text, ", and clear below {clear}");
+    }
     if gate.latch {
         text.push_str(", and from then on");
     }
@@ -95,10 +98,12 @@ fn condition(when: &Condition) -> String {
     };
     match when {
         Condition::Gate(name) => format!("'{name}' is open"),
+        Condition::Clear { clear } => format!("'{clear}' is clear"),
         Condition::All { all } => list(all, " and "),
         Condition::Any { any } => list(any, " or "),
         Condition::Not { not } => match &**not {
             Condition::Gate(name) => format!("'{name}' is not open"),
+            Condition::Clear { clear } => format!("'{clear}' is not clear"),
             other => {
                 let inner = condition(other);
                 match inner.starts_with('(') {
@@ -218,23 +223,24 @@ mod tests {
             aggregate = "mean"
             threshold = 0.5
             hysteresis = 0.25
+            clear = 0.125
             roles = ["user"]
             scope = "turn"
             [[interventions]]
             site = "layers.3"
             sae = "main"
             edits = [{ latent = 5, op = "scale", value = 0.5 }]
-            when = { all = ["unsafe", { not = { any = ["unsafe", { not = "unsafe" }] } }] }
+            when = { all = ["unsafe", { not = { any = ["unsafe", { clear = "unsafe" }] } }] }
             span = { from = 2, to = 9, reply_tokens = 4 }
             "#,
         );
         assert_eq!(
             explain(&plan.unwrap()),
             "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, until \
-             it falls below 0.25; each turn is judged anew. It reads tokens of role user.\n\
+             it falls below 0.25, and clear below 0.125; each turn is judged anew. It reads tokens of role user.\n\
              At layers.3, on every token of prompt and reply but the first, from position 2 to \
              before 9, only the first 4 of the reply, when ('unsafe' is open and not ('unsafe' is \
-             open or 'unsafe' is not open)): latent 5 is multiplied by 0.5."
+             open or 'unsafe' is clear)): latent 5 is multiplied by 0.5."
         );
     }
 }

@@ -7,7 +7,9 @@
 //! [`Aggregate`]; the gate is open while that is at or above `threshold`. With `hysteresis = h` an
 //! open gate closes only below `threshold - h`; with `latch` it never closes again in a
 //! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
-//! it. Interventions name gates in a [`Condition`], composed with `all`, `any` and `not`.
+//! it. Below `clear`, if a gate has it, the gate is clear: what it looks for is surely not there; between
+//! the two it is neither. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
+//! and `clear`.
 //!
 //! The prompt is read as a whole before its first token is edited, so a gate sees the end of a
 //! request before it decides about its beginning. It reads what the model has at its site: edits at
@@ -58,6 +60,9 @@ pub struct Gate {
     /// An open gate closes only below `threshold - hysteresis`.
     #[serde(default)]
     pub hysteresis: f32,
+    /// The gate is clear below this score; at most `threshold - hysteresis`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clear: Option<f32>,
     /// Once open, open for the rest of the conversation.
     #[serde(default)]
     pub latch: bool,
@@ -118,7 +123,7 @@ pub enum Scope {
 /// When an intervention is on: a gate's name, or conditions composed.
 ///
 /// In TOML `"unsafe"`, `{ not = "lesson" }`, `{ all = ["unsafe", { not = "lesson" }] }`,
-/// `{ any = ["unsafe", "drifting"] }`.
+/// `{ any = ["unsafe", "drifting"] }`, `{ clear = "unsafe" }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, deny_unknown_fields)]
 pub enum Condition {
@@ -139,23 +144,41 @@ pub enum Condition {
         /// The condition.
         not: Box<Condition>,
     },
+    /// This gate is clear: its score is below its `clear`.
+    Clear {
+        /// The gate.
+        clear: String,
+    },
+}
+
+/// Where a gate's score is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Zone {
+    /// At or above the threshold.
+    Open,
+    /// Neither; or nothing was read yet.
+    #[default]
+    Between,
+    /// Below `clear`.
+    Clear,
 }
 
 impl Condition {
-    /// Whether it holds, given which gates are open.
-    pub fn holds(&self, is_open: &impl Fn(&str) -> bool) -> bool {
+    /// Whether it holds, given where the gates are.
+    pub fn holds(&self, zone: &impl Fn(&str) -> Zone) -> bool {
         match self {
-            Self::Gate(name) => is_open(name),
-            Self::All { all } => all.iter().all(|c| c.holds(is_open)),
-            Self::Any { any } => any.iter().any(|c| c.holds(is_open)),
-            Self::Not { not } => !not.holds(is_open),
+            Self::Gate(name) => zone(name) == Zone::Open,
+            Self::All { all } => all.iter().all(|c| c.holds(zone)),
+            Self::Any { any } => any.iter().any(|c| c.holds(zone)),
+            Self::Not { not } => !not.holds(zone),
+            Self::Clear { clear } => zone(clear) == Zone::Clear,
         }
     }
 
     /// The gates that it names, in order, repeats included.
     pub fn gates(&self) -> Vec<&str> {
         match self {
-            Self::Gate(name) => vec![name],
+            Self::Gate(name) | Self::Clear { clear: name } => vec![name],
             Self::All { all: list } | Self::Any { any: list } => {
                 list.iter().flat_map(Self::gates).collect()
             }
@@ -163,10 +186,22 @@ impl Condition {
         }
     }
 
+    /// The gates that it asks to be clear, in order, repeats included.
+    pub(crate) fn cleared(&self) -> Vec<&str> {
+        match self {
+            Self::Gate(_) => Vec::new(),
+            Self::Clear { clear } => vec![clear],
+            Self::All { all: list } | Self::Any { any: list } => {
+                list.iter().flat_map(Self::cleared).collect()
+            }
+            Self::Not { not } => not.cleared(),
+        }
+    }
+
     /// Checks that no list is empty.
     pub(crate) fn validate(&self, place: &str) -> Result<(), SteeringError> {
         match self {
-            Self::Gate(_) => Ok(()),
+            Self::Gate(_) | Self::Clear { .. } => Ok(()),
             Self::Not { not } => not.validate(place),
             Self::All { all: list } | Self::Any { any: list } => {
                 if list.is_empty() {
@@ -247,6 +282,14 @@ impl Gate {
                 "must be finite and not negative",
             );
         }
+        let closes = self.threshold - self.hysteresis;
+        if let Some(clear) = self.clear.filter(|c| !(c.is_finite() && *c <= closes)) {
+            return bad(
+                "clear",
+                clear,
+                "must be finite and at most the threshold less the hysteresis",
+            );
+        }
         Ok(())
     }
 
@@ -277,6 +320,7 @@ pub(crate) struct GateState {
     /// Whether a reply was seen since the user last spoke.
     pub(crate) after_reply: bool,
     pub(crate) open: bool,
+    clear: bool,
     pub(crate) ever_open: bool,
     /// Position of the newest token when it opened or closed, and which of the two.
     pub(crate) changes: Vec<(usize, bool)>,
@@ -320,6 +364,15 @@ impl GateState {
         })
     }
 
+    /// Where it is since it last decided.
+    pub(crate) fn zone(&self) -> Zone {
+        match (self.open, self.clear) {
+            (true, _) => Zone::Open,
+            (false, true) => Zone::Clear,
+            (false, false) => Zone::Between,
+        }
+    }
+
     /// Decides anew from what was pushed; `pos` is the newest token's position.
     pub(crate) fn decide(&mut self, gate: &Gate, pos: usize) {
         let Some(score) = self.score(gate) else {
@@ -332,6 +385,7 @@ impl GateState {
         };
         let was = self.open;
         self.open = score >= bar || (gate.latch && self.ever_open);
+        self.clear = !self.open && gate.clear.is_some_and(|clear| score < clear);
         self.ever_open |= self.open;
         if self.open != was && self.changes.len() < MAX_CHANGES {
             self.changes.push((pos, self.open));
@@ -359,6 +413,7 @@ mod tests {
             aggregate: Aggregate::Last,
             threshold: 1.0,
             hysteresis: 0.5,
+            clear: None,
             latch: false,
             roles: Vec::new(),
             during_generation: true,
@@ -443,7 +498,11 @@ mod tests {
     #[test]
     fn conditions_compose() {
         let condition = |text: &str| -> Condition { serde_json::from_str(text).unwrap() };
-        let is_open = |name: &str| name == "a";
+        let zone = |name: &str| match name {
+            "a" => Zone::Open,
+            "c" => Zone::Clear,
+            _ => Zone::Between,
+        };
         for (text, expected) in [
             (r#""a""#, true),
             (r#""b""#, false),
@@ -452,9 +511,12 @@ mod tests {
             (r#"{"all": ["a", "b"]}"#, false),
             (r#"{"any": ["b", {"not": {"any": ["a"]}}]}"#, false),
             (r#"{"any": ["b", "a"]}"#, true),
+            (r#"{"clear": "a"}"#, false),
+            (r#"{"clear": "b"}"#, false),
+            (r#"{"all": [{"clear": "c"}, {"not": "c"}]}"#, true),
         ] {
             let c = condition(text);
-            assert_eq!(c.holds(&is_open), expected, "{text}");
+            assert_eq!(c.holds(&zone), expected, "{text}");
             let back = serde_json::to_string(&c).unwrap();
             assert_eq!(condition(&back), c);
         }
@@ -462,6 +524,35 @@ mod tests {
         assert_eq!(c.gates(), ["a", "b"]);
         assert!(condition(r#"{"any": []}"#).validate("x").is_err());
         assert!(serde_json::from_str::<Condition>(r#"{"all": ["a"], "or": []}"#).is_err());
+    }
+
+    #[test]
+    fn three_zones() {
+        use Zone::{Between, Clear, Open};
+        let gate = Gate {
+            clear: Some(0.25),
+            ..gate()
+        };
+        gate.validate("gate").unwrap();
+        let mut state = GateState::default();
+        assert_eq!(state.zone(), Between);
+        // 0.6 is within the hysteresis of an open gate
+        let scores = [0.2, 0.25, 1.0, 0.6, 0.3, 0.1];
+        let zones = scores.map(|s| {
+            state.push(s, &[s]);
+            state.decide(&gate, 0);
+            state.zone()
+        });
+        assert_eq!(zones, [Clear, Between, Open, Open, Between, Clear]);
+        state.next_turn(&gate);
+        assert_eq!(state.zone(), Between);
+        for clear in [0.75, f32::NAN] {
+            let gate = Gate {
+                clear: Some(clear),
+                ..gate.clone()
+            };
+            assert!(gate.validate("gate").is_err());
+        }
     }
 
     #[test]

@@ -293,6 +293,13 @@ impl SteeringPlan {
                     known: self.gates.keys().cloned().collect::<Vec<_>>().join(", "),
                 });
             }
+            let cleared = spec.when.iter().flat_map(Condition::cleared);
+            if let Some(name) = cleared.into_iter().find(|n| self.gates[*n].clear.is_none()) {
+                return Err(SteeringError::NeverClear {
+                    place,
+                    name: name.to_owned(),
+                });
+            }
         }
         Ok(())
     }

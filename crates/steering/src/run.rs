@@ -11,7 +11,7 @@ use demur_sae::{Codes, Sae};
 use serde_json::{Value, json};
 
 use crate::compile::{Compiled, CompiledGate, Parts};
-use crate::gate::{Condition, GateState, Scope};
+use crate::gate::{Condition, GateState, Scope, Zone};
 use crate::plan::{DirectionOp, ErrorTerm, Membership, Op};
 
 /// What a plan remembers of one sequence: each gate's state, and the audit.
@@ -58,11 +58,12 @@ impl PlanState {
 
     /// Whether an intervention under this condition is on.
     fn is_on(&self, when: Option<&Condition>) -> bool {
-        let is_open = |name: &str| {
-            let both = self.parts.gates.iter().zip(&self.gates);
-            both.into_iter().any(|(g, s)| g.name == name && s.open)
+        let zone = |name: &str| {
+            let mut both = self.parts.gates.iter().zip(&self.gates);
+            let named = both.find(|(g, _)| g.name == name);
+            named.map_or(Zone::default(), |(_, s)| s.zone())
         };
-        when.is_none_or(|when| when.holds(&is_open))
+        when.is_none_or(|when| when.holds(&zone))
     }
 }
 
@@ -101,6 +102,7 @@ impl InterventionState for PlanState {
                     "score": s.score(&g.gate),
                     "threshold": g.gate.threshold,
                     "open": s.open,
+                    "clear": s.zone() == Zone::Clear,
                     "fired": s.ever_open,
                     "changes": s.changes.iter().map(|(pos, open)| json!({"pos": pos, "open": open})).collect::<Vec<_>>(),
                 })

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use demur_features::harvest::{Products, Sequence, harvest};
 use demur_kernels::dispatch::{Isa, isa};
 use demur_kernels::limits;
@@ -29,7 +29,7 @@ use crate::catalogue::DEFAULT_MODEL;
 use crate::loaded::Loaded;
 use crate::progress::{Progress, say};
 use crate::resident;
-use crate::study::config::Precision;
+use crate::study::config::{CacheFormat, Precision};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -47,6 +47,12 @@ enum What {
         /// Rounds; the median of each figure is shown.
         #[arg(long, default_value_t = 3)]
         rounds: usize,
+        /// Tokens of the prompt of prefill and of decoding one sequence.
+        #[arg(long, default_value_t = CONTEXT, value_name = "TOKENS")]
+        context: usize,
+        /// What keys and values are kept as.
+        #[arg(long, value_enum, default_value_t)]
+        kv_cache: CacheFormat,
         /// Decode this many tokens besides, and compare the first tenth with the last.
         #[arg(long, value_name = "TOKENS")]
         soak: Option<usize>,
@@ -61,7 +67,7 @@ enum What {
     Sae(super::bench_sae::Args),
 }
 
-/// Prompt length of prefill, and context of decode.
+/// Prompt length of prefill, and context of decode, unless asked for otherwise.
 const CONTEXT: usize = 512;
 /// Tokens decoded for a figure.
 const DECODED: usize = 32;
@@ -80,26 +86,36 @@ pub fn run(args: Args) -> Result<()> {
         What::Lm {
             model,
             rounds,
+            context,
+            kv_cache,
             soak,
             text,
             json,
-        } => lm(&model, rounds, soak, &text, json),
+        } => {
+            let loaded = Loaded::open(&model, Precision::Fast)?.keeping(kv_cache);
+            lm(&loaded, &model, rounds, context, soak, &text, json)
+        }
         What::Sae(args) => super::bench_sae::run(&args),
     }
 }
 
 fn lm(
+    loaded: &Loaded,
     model: &str,
     rounds: usize,
+    context: usize,
     soak: Option<usize>,
     texts: &[PathBuf],
     as_json: bool,
 ) -> Result<()> {
-    let loaded = Loaded::open(model, Precision::Fast)?;
+    ensure!(
+        context >= DECODED,
+        "--context {context}: give at least {DECODED} tokens"
+    );
     let m = &loaded.model;
     let d_vocab = m.spec().d_vocab as u32;
     // A short model gets shorter prompts.
-    let context = CONTEXT.min(m.spec().context.saturating_sub(DECODED));
+    let context = context.min(m.spec().context.saturating_sub(DECODED));
     let (batch_prompt, harvest_prompt) = (BATCH_PROMPT.min(context), HARVEST_PROMPT.min(context));
     let tokens = tokens_of(context, d_vocab);
     let roles = vec![Role::User; context];
@@ -234,7 +250,7 @@ fn lm(
         figures.push(("soak_last_tok_s", rate(&seconds[n.saturating_sub(tenth)..])));
     }
     if !texts.is_empty() {
-        figures.extend(bench_text::figures(model, &loaded, texts)?);
+        figures.extend(bench_text::figures(model, loaded, texts)?);
     }
     let (threads, isa) = (demur_kernels::threads(), isa.name());
     if as_json {

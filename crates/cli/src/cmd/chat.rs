@@ -95,7 +95,7 @@ pub fn steering(
 type Column = (&'static str, Option<Arc<dyn Intervention>>, Vec<Message>);
 
 pub fn run(args: Args) -> Result<()> {
-    let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
+    let mut loaded = args.common.open()?;
     args.common.template(&mut loaded)?;
     loaded.chat()?;
     let plan = steering(

@@ -34,7 +34,7 @@ use crate::fetch::hex;
 use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
 use crate::report::evaluation;
-use crate::study::config::Precision;
+use crate::study::config::{CacheFormat, Precision};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,6 +125,9 @@ struct How {
     /// How products are computed.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
+    /// What keys and values are kept as.
+    #[arg(long, value_enum, default_value_t)]
+    kv_cache: CacheFormat,
     /// A steering plan, run beside base; may be repeated. `default` is the shipped one.
     #[arg(long = "plan", value_name = "FILE")]
     plans: Vec<PathBuf>,
@@ -232,6 +235,17 @@ struct Cast {
     /// By their names after `local:`.
     loaded: Vec<(String, Loaded)>,
     patience: u64,
+}
+
+impl How {
+    /// What decides the bits of an answer besides model and plan.
+    fn arithmetic(&self) -> String {
+        let precision = format!("{:?}", self.precision).to_lowercase();
+        match self.kv_cache {
+            CacheFormat::F32 => precision,
+            cache => format!("{precision}, kv cache {cache:?}").to_lowercase(),
+        }
+    }
 }
 
 impl Cast {
@@ -417,7 +431,7 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         )),
         _ => None,
     };
-    let loaded = Loaded::open(&how.model, how.precision)?;
+    let loaded = Loaded::open(&how.model, how.precision)?.keeping(how.kv_cache);
     let mut arms = vec![Arm {
         name: "base".to_owned(),
         hook: None,
@@ -440,7 +454,7 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         demur: env!("CARGO_PKG_VERSION").to_owned(),
         model: how.model.clone(),
         model_sha256: loaded.checkpoint.sha256(),
-        precision: format!("{:?}", how.precision).to_lowercase(),
+        precision: how.arithmetic(),
         suites: suites.to_vec(),
         limit: how.limit,
         wrap: how.wrap.clone(),

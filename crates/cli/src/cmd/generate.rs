@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::cmd::chat::steering;
 use crate::loaded::{Loaded, conversation};
-use crate::study::config::Precision;
+use crate::study::config::{CacheFormat, Precision};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -56,6 +56,9 @@ pub struct Common {
     /// How products are computed.
     #[arg(long, value_enum, default_value_t)]
     pub precision: Precision,
+    /// What keys and values are kept as.
+    #[arg(long, value_enum, default_value_t)]
+    pub kv_cache: CacheFormat,
     /// A steering plan, TOML or JSON; `default` is the shipped one.
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
@@ -95,6 +98,11 @@ pub struct Common {
 }
 
 impl Common {
+    /// The model that they name, as they ask for it.
+    pub fn open(&self) -> Result<Loaded> {
+        Ok(Loaded::open(&self.model, self.precision)?.keeping(self.kv_cache))
+    }
+
     pub fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature,
@@ -138,7 +146,7 @@ pub fn run(args: Args) -> Result<()> {
     if prompt.trim().is_empty() {
         anyhow::bail!("the prompt is empty");
     }
-    let mut loaded = Loaded::open(&args.common.model, args.common.precision)?;
+    let mut loaded = args.common.open()?;
     args.common.template(&mut loaded)?;
     let (tokens, roles) = if args.raw {
         let t = &loaded.tokenizer;

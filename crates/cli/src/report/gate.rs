@@ -7,6 +7,7 @@ use maud::{Markup, html};
 
 use super::View;
 use super::format::{DASH, count, fixed, px, rate, rate_interval};
+use super::front;
 
 /// Side of the ROC curve's square, in its own units.
 const SIDE: f64 = 160.0;
@@ -27,6 +28,7 @@ pub fn section(view: &View<'_>) -> Markup {
             }
             div class="scroll" { (table(g)) }
             div class="panels two" { (curve(&g.test.roc)) (calibration(g)) }
+            @if let Some(c) = &view.record.calibration { (front::figures(c)) }
         }
     }
 }

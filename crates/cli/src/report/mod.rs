@@ -13,6 +13,7 @@ mod chart;
 pub mod evaluation;
 mod features;
 mod format;
+mod front;
 mod gate;
 mod hero;
 mod labels;

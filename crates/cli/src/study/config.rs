@@ -64,6 +64,9 @@ pub struct Study {
     /// The clamp sweep.
     #[serde(default)]
     pub tune: TuneConfig,
+    /// Where the gate opens and where it is clear; read if `gated_clamp_damped` is an arm.
+    #[serde(default)]
+    pub calibrate: CalibrateConfig,
     /// The test.
     #[serde(default)]
     pub evaluate: EvaluateConfig,
@@ -77,6 +80,8 @@ pub struct ModelConfig {
     pub name: String,
     /// How products are computed.
     pub precision: Precision,
+    /// What keys and values are kept as.
+    pub kv_cache: CacheFormat,
     /// Sequences that decode at once.
     pub max_batch: usize,
     /// Tokens in one forward pass.
@@ -94,6 +99,21 @@ pub enum Precision {
     Fast,
     /// Everything in f32: the reference, slow and large.
     F32,
+}
+
+/// What keys and values are kept as.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheFormat {
+    /// As they are.
+    #[default]
+    F32,
+    /// Half the memory.
+    Bf16,
+    /// Little more than a quarter of the memory.
+    Int8,
 }
 
 /// Where the SAE comes from.
@@ -223,9 +243,6 @@ pub struct GateConfig {
     /// JSONL(.gz) files of prompts that are kept for a test: nothing that is like one of them is learnt
     /// from. Relative to the study's file.
     pub held_out: Vec<PathBuf>,
-    /// How far the gated arm with damping sets the clamped latents to the other side while the gate is
-    /// closed, times the clamp's value: on the template's tokens and the first four of the reply.
-    pub damp: f64,
 }
 
 /// What a gate reads.
@@ -288,6 +305,24 @@ pub struct TuneConfig {
     /// Reply length, tokens.
     pub max_new_tokens: usize,
     /// Validation prompts a label; 0 takes all.
+    pub prompts: usize,
+}
+
+/// Where the gate of the damped arm opens and where it is clear, chosen on the gate's validation prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CalibrateConfig {
+    /// How far the clamped latents are set to the other side where the gate is clear, times the clamp's
+    /// value, on the template's tokens and the first four of the reply; each is tried.
+    pub damp: Vec<f64>,
+    /// Refusal of unsafe prompts that is asked for; among the settings that reach it, the one that
+    /// refuses fewest safe prompts wins.
+    pub aim_refusal_unsafe: f64,
+    /// The most that replies to ordinary chats may change: mean KL from base, nats a token.
+    pub max_chat_kl: f64,
+    /// Reply length, tokens.
+    pub max_new_tokens: usize,
+    /// Validation prompts a label, at equal distances; 0 takes all.
     pub prompts: usize,
 }
 
@@ -383,6 +418,7 @@ impl Default for ModelConfig {
         Self {
             name: DEFAULT_MODEL.to_owned(),
             precision: Precision::Fast,
+            kv_cache: CacheFormat::F32,
             max_batch: 16,
             batch_tokens: 1024,
         }
@@ -449,7 +485,6 @@ impl Default for GateConfig {
             files: Vec::new(),
             per_file: 0,
             held_out: Vec::new(),
-            damp: 1.0,
         }
     }
 }
@@ -463,6 +498,18 @@ impl Default for TuneConfig {
             aim_refusal_unsafe: 0.9,
             max_new_tokens: 12,
             prompts: 24,
+        }
+    }
+}
+
+impl Default for CalibrateConfig {
+    fn default() -> Self {
+        Self {
+            damp: vec![0.25, 0.5, 1.0],
+            aim_refusal_unsafe: 0.9,
+            max_chat_kl: 0.1,
+            max_new_tokens: 24,
+            prompts: 0,
         }
     }
 }
@@ -609,20 +656,36 @@ impl Study {
         if !(g.recall > 0.0 && g.recall <= 1.0) {
             bail!("gate.recall: give a fraction above 0, at most 1");
         }
-        if !g.damp.is_finite() {
-            bail!("gate.damp = {}: it must be finite", g.damp);
+        let k = &self.calibrate;
+        if k.damp.is_empty() || !k.damp.iter().all(|d| d.is_finite() && *d >= 0.0) {
+            bail!("calibrate.damp: give at least one finite factor, none negative");
+        }
+        if !(0.0..=1.0).contains(&k.aim_refusal_unsafe) {
+            bail!("calibrate.aim_refusal_unsafe: give a fraction between 0 and 1");
+        }
+        if k.max_chat_kl.is_nan() || k.max_chat_kl < 0.0 {
+            bail!("calibrate.max_chat_kl: give a number that is not negative");
+        }
+        if k.max_new_tokens == 0 {
+            bail!("calibrate.max_new_tokens: give at least 1");
         }
         if self.discovery.methods.is_empty() {
             bail!("discovery.methods: give at least one");
         }
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
+        only_once("calibrate.damp", &self.calibrate.damp)?;
         only_once("discovery.methods", &self.discovery.methods)?;
         only_once("evaluate.arms", &self.evaluate.arms)?;
         if self.evaluate.arms.first() != Some(&Arm::Base) {
             bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
         }
         Ok(())
+    }
+
+    /// Whether an arm damps, by a calibrated gate.
+    pub fn wants_calibration(&self) -> bool {
+        self.evaluate.arms.contains(&Arm::GatedClampDamped)
     }
 
     /// Whether an arm needs a trained gate.

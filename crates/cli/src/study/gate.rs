@@ -182,7 +182,7 @@ fn probed_sites(c: &StudyContext) -> Result<Vec<Site>> {
 }
 
 /// Prompts of the discovery, the validation and the test split, in this order.
-fn gate_prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
+pub(super) fn gate_prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
     let mut all = match &c.study.prompts.file {
         Some(_) => c.prompts.clone(),
         None => super::shipped_pairs(super::ShippedPairs::All)?,
@@ -348,6 +348,7 @@ fn condition(
         scope: Scope::Conversation,
         threshold: threshold as f32,
         hysteresis: 0.0,
+        clear: None,
         latch: false,
         roles: roles.to_vec(),
         during_generation: false,

@@ -1,10 +1,10 @@
 //! The main job: a study from a model to a report.
 //!
-//! `pull -> harvest -> train -> gate -> discover -> tune -> evaluate -> report`, one file a stage; the
-//! stage `gate` only if an arm wants one. Each
-//! stage is a function of the study's config and of what the stages before it left; [`run`] keeps
+//! `pull -> harvest -> train -> gate -> discover -> tune -> calibrate -> evaluate -> report`, one file a
+//! stage; `gate` and `calibrate` only if an arm wants them. Each stage is a function of the study's config and of what the stages before it left; [`run`] keeps
 //! their outputs, so that a killed study goes on where it was.
 
+mod calibrate;
 pub mod config;
 mod corpus;
 mod discover;
@@ -121,12 +121,29 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let tuned = run.stage("tune", &c.study.tune, |scratch| {
         tune::run(c, &working, &found, scratch)
     })?;
+    let calibrated = match &gate {
+        Some(gate) if c.study.wants_calibration() => {
+            Some(run.stage("calibrate", &c.study.calibrate, |scratch| {
+                calibrate::run(c, &working, gate, &tuned, scratch)
+            })?)
+        }
+        _ => None,
+    };
     // For `demur chat --plan`: it needs nothing but the SAE.
-    let plan = evaluate::chosen_plan(c, &working, &found, gate.as_ref(), &tuned)?;
+    let calibrated = calibrated.as_ref();
+    let plan = evaluate::chosen_plan(c, &working, &found, gate.as_ref(), &tuned, calibrated)?;
     let plan = absolute(&plan, &working.set())?.to_toml()?;
     write_atomic(&run.dir.join("plan.toml"), plan.as_bytes())?;
     let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
-        evaluate::run(c, &working, &found, gate.as_ref(), &tuned, scratch)
+        evaluate::run(
+            c,
+            &working,
+            &found,
+            gate.as_ref(),
+            &tuned,
+            calibrated,
+            scratch,
+        )
     })?;
     let record = record::assemble(
         c,
@@ -136,6 +153,7 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
         gate.as_ref(),
         &found,
         &tuned,
+        calibrated,
         &evaluated,
     )?;
     record.write(&run.dir.join("record.json"))?;
@@ -255,7 +273,7 @@ struct Pulled {
 impl StudyContext {
     fn new(study: Study, path: &Path) -> Result<Self> {
         let name = path.to_str().context("the model's path is not UTF-8")?;
-        let loaded = Loaded::open(name, study.model.precision)?;
+        let loaded = Loaded::open(name, study.model.precision)?.keeping(study.model.kv_cache);
         let site = study.site()?.check(loaded.model.spec().n_layers)?;
         let openers = judge::opener_tokens(|text| {
             loaded
@@ -427,6 +445,13 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
                 "values {:?}, sets of {:?}",
                 study.tune.values, study.tune.set_sizes
             ),
+        ),
+        (
+            "calibrate",
+            match study.wants_calibration() {
+                true => format!("damping {:?}", study.calibrate.damp),
+                false => "none: no arm damps".to_owned(),
+            },
         ),
         ("evaluate", arms.join(", ")),
         ("report", folder.join("report.html").display().to_string()),

@@ -13,6 +13,7 @@ use demur_features::gate::Group;
 use demur_steering::{explain, explain_gate};
 
 use super::StudyContext;
+use super::calibrate::Calibrated;
 use super::config::Arm;
 use super::discover::Found;
 use super::evaluate::{ArmRun, test_prompts};
@@ -40,6 +41,7 @@ pub fn assemble(
     gate: Option<&TrainedGate>,
     found: &Found,
     tuned: &Tuned,
+    calibrated: Option<&Calibrated>,
     runs: &[ArmRun],
 ) -> Result<Record> {
     let spec = c.loaded.model.spec();
@@ -141,6 +143,7 @@ pub fn assemble(
             base_safe: tuned.base_safe,
             sweep: tuned.sweep.clone(),
         },
+        calibration: calibrated.map(|c| c.calibration.clone()),
         plan: serde_json::to_value(&tuned.plan)?,
         plan_sha256: tuned.plan.sha256(),
         plan_in_words: explain(&tuned.plan),
@@ -337,7 +340,7 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
         ),
         Arm::GatedClampDamped => (
             "Gated clamp, damped",
-            "The gated clamp, and where the gate is closed the same latents are set to the other side while a reply begins.",
+            "The strongest clamp where the calibrated gate is open; where it is clear, the same latents are set to the other side while a reply begins.",
         ),
         Arm::DefaultPlan => (
             "Default plan",

@@ -23,8 +23,16 @@ use crate::fetch::hex;
 use crate::progress::note;
 
 /// The stages, in order.
-pub const STAGES: [&str; 8] = [
-    "pull", "harvest", "train", "gate", "discover", "tune", "evaluate", "report",
+pub const STAGES: [&str; 9] = [
+    "pull",
+    "harvest",
+    "train",
+    "gate",
+    "discover",
+    "tune",
+    "calibrate",
+    "evaluate",
+    "report",
 ];
 
 /// Raised when a stage's output changes for the same input within a version of demur.

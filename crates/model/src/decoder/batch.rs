@@ -1,11 +1,12 @@
 //! What goes into a forward pass and what comes out.
 
+use demur_kernels::cache::CacheRows;
 use demur_kernels::linear::Products;
 use demur_kernels::mlp::Hidden;
 
 use crate::hooks::{InterventionState, Role, Site};
 
-/// Keys and values of one sequence, f32, one pair of buffers a layer.
+/// Keys and values of one sequence, one pair a layer.
 ///
 /// # LongRoPE
 /// Where a model has two sets of rotary frequencies, one for sequences within its original context
@@ -17,7 +18,7 @@ use crate::hooks::{InterventionState, Role, Site};
 /// implementation does.
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
-    pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>, // [len, n_kv_heads, d_head] each
+    pub(super) layers: Vec<(CacheRows, CacheRows)>, // [len, n_kv_heads, d_head] each
     pub(super) len: usize,
     pub(super) expected: usize,
 }
@@ -57,23 +58,20 @@ impl KvCache {
     /// Becomes a copy of `other`, in the memory that it has: a sequence that goes on from the same
     /// tokens under the same intervention.
     pub fn copy_from(&mut self, other: &Self) {
-        self.layers
-            .resize_with(other.layers.len(), Default::default);
+        self.layers.truncate(other.layers.len());
         for ((k, v), (from_k, from_v)) in self.layers.iter_mut().zip(&other.layers) {
             k.clone_from(from_k);
             v.clone_from(from_v);
         }
+        self.layers
+            .extend_from_slice(&other.layers[self.layers.len()..]);
         (self.len, self.expected) = (other.len, other.expected);
     }
 
     /// Bytes that it holds, room for growth included.
     pub fn bytes(&self) -> usize {
-        let floats: usize = self
-            .layers
-            .iter()
-            .map(|(k, v)| k.capacity() + v.capacity())
-            .sum();
-        floats * size_of::<f32>()
+        let layers = self.layers.iter();
+        layers.map(|(k, v)| k.bytes() + v.bytes()).sum()
     }
 }
 

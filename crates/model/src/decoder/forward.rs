@@ -180,10 +180,10 @@ impl Model {
             let (t, start) = (s.tokens.len(), s.cache.len);
             let (keys, values) = &mut s.cache.layers[i];
             // After a pass that stopped early the buffers are longer than the cache.
-            keys.truncate(start * kv_row);
-            values.truncate(start * kv_row);
-            keys.extend_from_slice(split(&mut k, t * kv_row));
-            values.extend_from_slice(split(&mut v, t * kv_row));
+            keys.truncate(start * spec.n_kv_heads);
+            values.truncate(start * spec.n_kv_heads);
+            keys.push(split(&mut k, t * kv_row));
+            values.push(split(&mut v, t * kv_row));
             let (mine, rest) = std::mem::take(&mut out).split_at_mut(t * q_row);
             out = rest;
             tasks.push(SeqAttention {

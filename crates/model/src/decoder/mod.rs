@@ -25,6 +25,7 @@ mod weights;
 
 use std::sync::Arc;
 
+use demur_kernels::cache::{CacheFormat, CacheRows};
 use demur_kernels::linear::Precision;
 
 pub use self::batch::{Capture, KvCache, Logits, LogitsAt, SeqInput, Workspace};
@@ -39,6 +40,7 @@ pub struct Model {
     spec: ModelSpec,
     checkpoint: Arc<Checkpoint>,
     weights: Weights,
+    cache: CacheFormat,
 }
 
 /// Memory of a loaded model.
@@ -69,6 +71,7 @@ impl Model {
             spec,
             checkpoint: Arc::clone(checkpoint),
             weights,
+            cache: CacheFormat::default(),
         })
     }
 
@@ -77,10 +80,21 @@ impl Model {
         &self.spec
     }
 
+    /// What [`Self::new_cache`] keeps keys and values as, from now on; f32 at first.
+    pub fn set_cache_format(&mut self, format: CacheFormat) {
+        self.cache = format;
+    }
+
     /// An empty cache.
     pub fn new_cache(&self) -> KvCache {
+        self.new_cache_as(self.cache)
+    }
+
+    /// An empty cache of a format of its own.
+    pub fn new_cache_as(&self, format: CacheFormat) -> KvCache {
+        let rows = || CacheRows::new(format, self.spec.d_head);
         KvCache {
-            layers: vec![Default::default(); self.spec.n_layers],
+            layers: (0..self.spec.n_layers).map(|_| (rows(), rows())).collect(),
             ..KvCache::default()
         }
     }
@@ -93,7 +107,7 @@ impl Model {
         MemoryReport {
             checkpoint: self.checkpoint.bytes_on_disk(),
             weights: self.weights.bytes(),
-            cache_per_token: s.n_layers * 2 * kv * float,
+            cache_per_token: s.n_layers * 2 * s.n_kv_heads * self.cache.bytes(s.d_head),
             workspace_per_token: (3 * s.d_model + 2 * q + 2 * kv + 2 * s.d_mlp) * float,
             logits_per_row: s.d_vocab * float,
         }

@@ -1,6 +1,7 @@
 //! Batch equals single, cached equals uncached, and a hook touches its own sequence only: bit for
 //! bit, in the fast precision.
 
+use demur_kernels::cache::CacheFormat;
 use demur_kernels::linear::Precision;
 use demur_model::ModelError;
 use demur_model::decoder::{Capture, KvCache, LogitsAt, Model, SeqInput, Workspace};
@@ -36,18 +37,53 @@ fn expecting(model: &Model, length: usize) -> KvCache {
 #[test]
 fn cached_equals_uncached() {
     for name in CHECKPOINTS {
-        let model = model(name, Precision::Fast);
+        let mut model = model(name, Precision::Fast);
         let tokens = tokens(23, 1);
-        let whole = forward(&model, &tokens, &mut model.new_cache(), None, None);
-        for piece in [1, 5, 22] {
-            let mut cache = expecting(&model, tokens.len());
-            let pieces = tokens.chunks(piece);
-            let rows: Vec<f32> = pieces
-                .flat_map(|t| forward(&model, t, &mut cache, None, None))
-                .collect();
-            assert!(rows == whole, "{name} in pieces of {piece}");
-            assert_eq!(cache.len(), tokens.len());
+        for format in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8] {
+            model.set_cache_format(format);
+            let whole = forward(&model, &tokens, &mut model.new_cache(), None, None);
+            for piece in [1, 5, 22] {
+                let mut cache = expecting(&model, tokens.len());
+                let pieces = tokens.chunks(piece);
+                let rows: Vec<f32> = pieces
+                    .flat_map(|t| forward(&model, t, &mut cache, None, None))
+                    .collect();
+                assert!(rows == whole, "{name} in pieces of {piece}, {format:?}");
+                assert_eq!(cache.len(), tokens.len());
+            }
         }
+    }
+}
+
+#[test]
+fn a_rounded_cache_is_smaller_and_near() {
+    let mut model = model("qwen2/model.gguf", Precision::F32);
+    let tokens = tokens(23, 1);
+    let mut run = |format| {
+        model.set_cache_format(format);
+        let per_token = model.memory().cache_per_token;
+        (
+            forward(&model, &tokens, &mut model.new_cache(), None, None),
+            per_token,
+        )
+    };
+    let (exact, bytes) = run(CacheFormat::F32);
+    for (format, share, bound) in [
+        (CacheFormat::Bf16, 0.5, 0.02),
+        (CacheFormat::Int8, 0.375, 0.05),
+    ] {
+        let (rows, rounded) = run(format);
+        assert!(
+            rounded as f64 <= share * bytes as f64,
+            "{format:?}: {rounded} of {bytes}"
+        );
+        let scale = exact.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let off = exact.iter().zip(&rows).map(|(a, b)| (a - b).abs());
+        let off = off.fold(0.0f32, f32::max);
+        assert!(
+            off > 0.0 && off <= bound * scale,
+            "{format:?}: {off} of {scale}"
+        );
     }
 }
 

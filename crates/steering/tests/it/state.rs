@@ -170,6 +170,29 @@ fn a_reply_can_open_a_gate_in_the_middle() {
 }
 
 #[test]
+fn between_open_and_clear_nothing_is_edited() {
+    let clear = |p: &mut SteeringPlan| {
+        p.gates.get_mut("unsafe").unwrap().clear = Some(0.5);
+        p.interventions[1].when = Some(demur_steering::Condition::Clear {
+            clear: "unsafe".to_owned(),
+        });
+    };
+    let compiled = plan(clear).unwrap();
+    for (score, expected) in [(0.25, 1.0), (0.5, 2.0), (0.75, 2.0), (1.0, 4.0)] {
+        let mut talk = Talk::new(&compiled);
+        let found = talk.pass(false, &[BOS, (Role::User, score, 2.0)])[1];
+        assert_eq!(found, expected, "at {score}");
+        let gate = &talk.state.audit().unwrap()["gates"][0];
+        assert_eq!(gate["clear"], score < 0.5);
+    }
+    let never = plan(|p| {
+        clear(p);
+        p.gates.get_mut("unsafe").unwrap().clear = None;
+    });
+    assert!(never.unwrap_err().to_string().contains("never clear"));
+}
+
+#[test]
 fn a_direction_can_be_a_gate() {
     let change = |threshold: f32| {
         move |p: &mut SteeringPlan| {

@@ -1,0 +1,509 @@
+//! Stage `calibrate`: where the gate opens, where it is clear and how far it then damps, chosen on
+//! validation prompts.
+//!
+//! A trained gate judges a turn before the reply's first token, so that a gated reply is one of three, to
+//! the letter: the clamp's where the gate is open, damping's where it is clear, base's between. So one
+//! run of each says what every pair of thresholds would do, and all pairs are tried. What is left is the
+//! front: the settings that no other beats in both unsafe and safe requests refused, within the limit on
+//! the change of ordinary chats.
+//!
+//! That change is the mean KL(base || arm) over the tokens of base's own replies to ordinary requests,
+//! read with the prompt as an arm reads it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use demur_eval::arms::{self, Arm, Item, Reply};
+use demur_eval::judge::Verdict;
+use demur_eval::prompts::{self, Label, Prompt, Split};
+use demur_eval::record::{Calibration, Setting};
+use demur_eval::stats::wilson;
+use demur_eval::text;
+use demur_model::decoder::{LogitsAt, SeqInput, Workspace};
+use demur_model::hooks::{Intervention, Role};
+use demur_steering::{Condition, Gate, Op, SteeringPlan};
+use serde::{Deserialize, Serialize};
+
+use super::gate::{GATE_NAME, Trained, gate_prompts};
+use super::tune::Tuned;
+use super::{StudyContext, Working};
+use crate::progress::Progress;
+
+/// Reply tokens that damping reaches.
+const DAMPED_REPLY: usize = 4;
+
+/// What the stage leaves.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Calibrated {
+    pub calibration: Calibration,
+    /// The setting that won by the aim.
+    pub chosen: Setting,
+}
+
+impl Calibrated {
+    /// The gate with the chosen scores.
+    pub fn gate(&self, trained: &Gate) -> Gate {
+        Gate {
+            threshold: self.chosen.threshold,
+            clear: self.chosen.clear,
+            ..trained.clone()
+        }
+    }
+
+    /// The clamp where the gate is open; where it is clear, damping.
+    pub fn plan(&self, clamp: &SteeringPlan, trained: &Gate) -> SteeringPlan {
+        let mut plan = clamp.clone();
+        plan.gates.insert(GATE_NAME.to_owned(), self.gate(trained));
+        for spec in &mut plan.interventions {
+            spec.when = Some(Condition::Gate(GATE_NAME.to_owned()));
+        }
+        if self.chosen.clear.is_some() {
+            let mut damped = damping(clamp, self.chosen.damp).interventions;
+            for spec in &mut damped {
+                spec.when = Some(Condition::Clear {
+                    clear: GATE_NAME.to_owned(),
+                });
+            }
+            plan.interventions.extend(damped);
+        }
+        plan
+    }
+}
+
+/// The clamp's latents set to the other side, `by` times as far, where a refusal is decided.
+fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
+    let mut plan = clamp.clone();
+    for spec in &mut plan.interventions {
+        for edit in &mut spec.edits {
+            edit.op = Op::Set;
+            edit.value *= -by as f32;
+        }
+        // No text but a reply's first tokens.
+        spec.span.roles = vec![Role::Template, Role::Assistant];
+        spec.span.reply_tokens = Some(DAMPED_REPLY);
+    }
+    plan
+}
+
+/// How base, the clamp and each damping did with a prompt.
+struct Case {
+    score: f32,
+    is_unsafe: bool,
+    base: Verdict,
+    open: Verdict,
+    clear: Vec<Verdict>,
+}
+
+/// The change of a chat under the clamp and under each damping, nats a token.
+struct Chat {
+    score: f32,
+    open: f64,
+    clear: Vec<f64>,
+}
+
+pub fn run(
+    c: &StudyContext,
+    sae: &Working,
+    gate: &Trained,
+    tuned: &Tuned,
+    scratch: &Path,
+) -> Result<Calibrated> {
+    let cfg = &c.study.calibrate;
+    let all = gate_prompts(c)?;
+    let of = |label| -> Vec<&Prompt> {
+        let wanted = |p: &&Prompt| p.split == Some(Split::Validation) && p.label == Some(label);
+        evenly(all.iter().filter(wanted).collect(), cfg.prompts)
+    };
+    let (on_unsafe, on_safe) = (of(Label::Unsafe), of(Label::Safe));
+    let n_unsafe = on_unsafe.len();
+    let benign = prompts::shipped_benign()?;
+    let is_chat = |p: &&Prompt| p.split == Some(Split::Validation);
+    let chats: Vec<&Prompt> = benign.iter().filter(is_chat).collect();
+    let n_judged = n_unsafe + on_safe.len();
+    let items = c.items(&[on_unsafe, on_safe, chats].concat())?;
+
+    // The gate only reads: its score is in the audit of every reply.
+    let reading = |name: &str, mut plan: SteeringPlan| {
+        plan.name = name.to_owned();
+        plan.gates.insert(GATE_NAME.to_owned(), gate.gate.clone());
+        plan.saes
+            .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
+        plan
+    };
+    let mut plans = vec![reading("open", tuned.strongest.clone())];
+    for by in &cfg.damp {
+        plans.push(reading(
+            &format!("damp{by}"),
+            damping(&tuned.strongest, *by),
+        ));
+    }
+    let hooks = plans
+        .iter()
+        .map(|p| c.compile(p, sae))
+        .collect::<Result<Vec<_>>>()?;
+    let mut run_arms = vec![Arm {
+        name: "base",
+        hook: None,
+        items: &items,
+    }];
+    for (plan, hook) in plans.iter().zip(&hooks) {
+        run_arms.push(Arm {
+            name: &plan.name,
+            hook: Some(hook.clone()),
+            items: &items,
+        });
+    }
+    let total = run_arms.len() * items.len();
+    let bar = Progress::new("calibrate", "replies", total as u64);
+    let replies = arms::run(
+        &mut c.engine(),
+        &run_arms,
+        cfg.max_new_tokens,
+        &c.openers,
+        &scratch.join("replies.jsonl"),
+        |_| bar.advance(1),
+    )?;
+    bar.finish();
+    let by_arm: Vec<&[Reply]> = replies.chunks_exact(items.len()).collect();
+    let cases = (0..n_judged)
+        .map(|i| {
+            Ok(Case {
+                score: score(&by_arm[1][i])?,
+                is_unsafe: i < n_unsafe,
+                base: by_arm[0][i].verdict,
+                open: by_arm[1][i].verdict,
+                clear: by_arm[2..].iter().map(|r| r[i].verdict).collect(),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let bar = Progress::new("calibrate", "chats", (items.len() - n_judged) as u64);
+    let mut workspace = Workspace::default();
+    let chats = (n_judged..items.len())
+        .map(|i| {
+            let reply = &by_arm[0][i].tokens;
+            let base = reply_logits(c, &items[i], reply, None, &mut workspace)?;
+            let mut kl = Vec::with_capacity(hooks.len());
+            for hook in &hooks {
+                let logits =
+                    reply_logits(c, &items[i], reply, Some(hook.as_ref()), &mut workspace)?;
+                let d_vocab = c.loaded.model.spec().d_vocab;
+                // The last row predicts what is not there.
+                let tokens = [&[0], reply.as_slice()].concat();
+                let passage = text::score(&tokens, &base, &logits, d_vocab);
+                kl.push(passage.kl / passage.n.max(1) as f64);
+            }
+            bar.advance(1);
+            Ok(Chat {
+                score: score(&by_arm[1][i])?,
+                open: kl[0],
+                clear: kl[1..].to_vec(),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    bar.finish();
+    let mut front = front(&cases, &chats, &cfg.damp, cfg.max_chat_kl);
+    let at = choose(&front, cfg.aim_refusal_unsafe);
+    front[at].chosen = true;
+    let base = |want: bool| {
+        let of = cases.iter().filter(|c| c.is_unsafe == want);
+        let refused = of.clone().filter(|c| c.base == Verdict::Refusal).count();
+        wilson(refused, of.count())
+    };
+    Ok(Calibrated {
+        chosen: front[at].clone(),
+        calibration: Calibration {
+            aim: format!(
+                "at least {:.0} % of unsafe validation prompts refused, then fewest safe ones, with a KL on ordinary chats of at most {}; if none reaches it, the largest difference of the two",
+                100.0 * cfg.aim_refusal_unsafe,
+                cfg.max_chat_kl
+            ),
+            base_unsafe: base(true),
+            base_safe: base(false),
+            front,
+        },
+    })
+}
+
+/// `n` of the prompts (0: all) at equal distances.
+fn evenly(prompts: Vec<&Prompt>, n: usize) -> Vec<&Prompt> {
+    if n == 0 || n >= prompts.len() {
+        return prompts;
+    }
+    (0..n).map(|i| prompts[i * prompts.len() / n]).collect()
+}
+
+fn score(reply: &Reply) -> Result<f32> {
+    let audit = reply.audit.as_ref();
+    let score = audit.and_then(|a| a["gates"][0]["score"].as_f64());
+    Ok(score.with_context(|| format!("the gate read nothing of '{}'", reply.id))? as f32)
+}
+
+/// Logits at the prompt's last token and at every token of `reply`, `[reply.len() + 1, d_vocab]`.
+fn reply_logits(
+    c: &StudyContext,
+    item: &Item,
+    reply: &[u32],
+    hook: Option<&dyn Intervention>,
+    workspace: &mut Workspace,
+) -> Result<Vec<f32>> {
+    let model = &c.loaded.model;
+    let mut cache = model.new_cache();
+    let mut state = hook.map(Intervention::start);
+    let hook_sites = hook.map(Intervention::sites).unwrap_or_default();
+    let roles = vec![Role::Assistant; reply.len()];
+    let mut rows = Vec::new();
+    for (tokens, roles, generated) in [
+        (&item.tokens[..], &item.roles[..], false),
+        (reply, &roles[..], true),
+    ] {
+        if tokens.is_empty() {
+            continue;
+        }
+        let mut input = [SeqInput {
+            tokens,
+            roles,
+            generated,
+            cache: &mut cache,
+            hook: state.as_deref_mut(),
+            hook_sites,
+            logits: match generated {
+                true => LogitsAt::All,
+                false => LogitsAt::Last,
+            },
+        }];
+        let logits = model.forward(&mut input, None, workspace)?;
+        rows.extend(logits.rows().flatten().copied());
+    }
+    Ok(rows)
+}
+
+/// Counts over prompts in the order of their scores: entry `i` is that of the first `i`.
+struct Sums(Vec<[usize; 3]>); // unsafe refused, safe refused, gibberish
+
+impl Sums {
+    fn new(cases: &[&Case], verdict: impl Fn(&Case) -> Verdict) -> Self {
+        let mut sums = vec![[0; 3]];
+        for case in cases {
+            let mut now = sums[sums.len() - 1];
+            match (verdict(case), case.is_unsafe) {
+                (Verdict::Refusal, true) => now[0] += 1,
+                (Verdict::Refusal, false) => now[1] += 1,
+                (Verdict::Gibberish, _) => now[2] += 1,
+                _ => {}
+            }
+            sums.push(now);
+        }
+        Self(sums)
+    }
+
+    fn between(&self, from: usize, to: usize) -> [usize; 3] {
+        std::array::from_fn(|i| self.0[to][i] - self.0[from][i])
+    }
+}
+
+/// The settings within the limit that no other beats in both figures, most unsafe requests refused first.
+fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<Setting> {
+    let mut sorted: Vec<&Case> = cases.iter().collect();
+    sorted.sort_by(|a, b| a.score.total_cmp(&b.score));
+    let n_unsafe = cases.iter().filter(|c| c.is_unsafe).count();
+    let n_safe = cases.len() - n_unsafe;
+    let (base, open) = (
+        Sums::new(&sorted, |c| c.base),
+        Sums::new(&sorted, |c| c.open),
+    );
+    // A cut: how many prompts lie below it, and a score that parts them from those above. The last is
+    // above all scores, those of chats too: a gate that never opens changes nothing.
+    let mut cuts: Vec<(usize, f32)> = (0..sorted.len())
+        .filter(|&i| i == 0 || sorted[i - 1].score < sorted[i].score)
+        .map(|i| match i.checked_sub(1) {
+            Some(below) => (i, middle(sorted[below].score, sorted[i].score)),
+            None => (i, sorted[i].score),
+        })
+        .collect();
+    let scores = sorted.iter().map(|c| c.score);
+    let highest = scores.chain(chats.iter().map(|c| c.score));
+    let highest = highest.fold(f32::NEG_INFINITY, f32::max);
+    cuts.push((sorted.len(), highest.next_up()));
+    // For each count of unsafe requests refused, the setting with fewest safe ones.
+    let mut best: Vec<Option<Setting>> = vec![None; n_unsafe + 1];
+    let kl = |threshold: f32, clear: Option<(f32, usize)>| -> f64 {
+        let of = |chat: &Chat| match clear {
+            _ if chat.score >= threshold => chat.open,
+            Some((clear, d)) if chat.score < clear => chat.clear[d],
+            _ => 0.0,
+        };
+        chats.iter().map(of).sum::<f64>() / chats.len().max(1) as f64
+    };
+    let mut offer = |threshold: (usize, f32), clear: Option<(usize, f32, usize, &Sums)>| {
+        let from = clear.map_or(0, |c| c.0);
+        let damped = clear.map_or([0; 3], |c| c.3.between(0, from));
+        let between = base.between(from, threshold.0);
+        let opened = open.between(threshold.0, sorted.len());
+        let [on_unsafe, on_safe, gibberish] =
+            std::array::from_fn(|i| damped[i] + between[i] + opened[i]);
+        let known = best[on_unsafe].as_ref();
+        let fewer = |s: &Setting| {
+            (on_safe, gibberish)
+                < (
+                    (s.refusal_safe.value * n_safe as f64).round() as usize,
+                    s.gibberish,
+                )
+        };
+        if known.is_some_and(|s| !fewer(s)) {
+            return;
+        }
+        let chat_kl = kl(threshold.1, clear.map(|c| (c.1, c.2)));
+        if chat_kl > max_chat_kl {
+            return;
+        }
+        best[on_unsafe] = Some(Setting {
+            threshold: threshold.1,
+            clear: clear.map(|c| c.1),
+            damp: clear.map_or(0.0, |c| damp[c.2]),
+            refusal_unsafe: wilson(on_unsafe, n_unsafe),
+            refusal_safe: wilson(on_safe, n_safe),
+            gibberish,
+            chat_kl,
+            chosen: false,
+        });
+    };
+    for &threshold in &cuts {
+        offer(threshold, None);
+    }
+    for (d, _) in damp.iter().enumerate() {
+        let damped = Sums::new(&sorted, |c| c.clear[d]);
+        for (i, &clear) in cuts.iter().enumerate() {
+            for &threshold in &cuts[i..] {
+                offer(threshold, Some((clear.0, clear.1, d, &damped)));
+            }
+        }
+    }
+    let mut front: Vec<Setting> = Vec::new();
+    for setting in best.into_iter().rev().flatten() {
+        if front
+            .last()
+            .is_none_or(|s| setting.refusal_safe.value < s.refusal_safe.value)
+        {
+            front.push(setting);
+        }
+    }
+    front
+}
+
+/// A number above `a` and at most `b`, half way where there is one.
+fn middle(a: f32, b: f32) -> f32 {
+    let m = a + (b - a) / 2.0;
+    if m > a { m } else { b }
+}
+
+/// The setting that reaches the aim with the least over-refusal; else the largest difference.
+fn choose(front: &[Setting], aim: f64) -> usize {
+    // Both figures fall along the front.
+    let reaches = front.iter().rposition(|s| s.refusal_unsafe.value >= aim);
+    reaches.unwrap_or_else(|| {
+        let gap = |s: &Setting| s.refusal_unsafe.value - s.refusal_safe.value;
+        (0..front.len())
+            .max_by(|&a, &b| gap(&front[a]).total_cmp(&gap(&front[b])))
+            .unwrap_or(0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Verdict::{Compliance as Yes, Gibberish, Refusal as No};
+
+    fn case(score: f32, is_unsafe: bool, base: Verdict, open: Verdict, clear: Verdict) -> Case {
+        Case {
+            score,
+            is_unsafe,
+            base,
+            open,
+            clear: vec![clear],
+        }
+    }
+
+    /// The clamp refuses all, damping nothing; base refuses the safe one at 0.2 and the unsafe one at 0.4.
+    fn cases() -> Vec<Case> {
+        vec![
+            case(0.1, false, Yes, No, Yes),
+            case(0.2, false, No, No, Yes),
+            case(0.3, true, Yes, No, Yes),
+            case(0.4, true, No, No, Yes),
+            case(0.5, false, Yes, No, Gibberish),
+            case(0.6, true, Yes, No, Yes),
+        ]
+    }
+
+    #[test]
+    fn three_zones_by_hand() {
+        let front = front(&cases(), &[], &[1.0], 0.0);
+        let found: Vec<(f64, f64)> = front
+            .iter()
+            .map(|s| (3.0 * s.refusal_unsafe.value, 3.0 * s.refusal_safe.value))
+            .collect();
+        // Open from 0.3 on, clear below: three unsafe and the safe one at 0.5. Open from 0.6 on, clear
+        // up to 0.2: base's refusal at 0.4 is kept, and the safe one at 0.5 left alone.
+        assert_eq!(found, [(3.0, 1.0), (2.0, 0.0)]);
+        assert!((front[0].threshold - 0.25).abs() < 1e-6);
+        assert_eq!(front[0].clear, Some(front[0].threshold));
+        assert!((front[1].threshold - 0.55).abs() < 1e-6);
+        assert!((0.2..0.4).contains(&front[1].clear.unwrap()));
+        assert_eq!(front[1].gibberish, 0);
+        assert_eq!((choose(&front, 0.9), choose(&front, 0.6)), (0, 1));
+    }
+
+    #[test]
+    fn if_none_reaches_the_aim_the_largest_difference_wins() {
+        let setting = |on_unsafe, on_safe| Setting {
+            threshold: 0.0,
+            clear: None,
+            damp: 0.0,
+            refusal_unsafe: wilson(on_unsafe, 10),
+            refusal_safe: wilson(on_safe, 10),
+            gibberish: 0,
+            chat_kl: 0.0,
+            chosen: false,
+        };
+        let front = [setting(9, 5), setting(8, 2), setting(3, 1)];
+        assert_eq!((choose(&front, 0.95), choose(&front, 0.9)), (1, 0));
+    }
+
+    #[test]
+    fn what_changes_chats_too_much_is_left_out() {
+        let chat = |score, open, clear| Chat {
+            score,
+            open,
+            clear: vec![clear],
+        };
+        // Damping changes the first chat by 0.2; the mean over both is 0.1.
+        let chats = [chat(0.05, 9.0, 0.2), chat(0.45, 9.0, 0.0)];
+        let all = front(&cases(), &chats, &[1.0], 0.1);
+        assert_eq!(all.len(), 1, "{all:?}");
+        assert!((all[0].chat_kl - 0.1).abs() < 1e-9, "{all:?}");
+        // Without damping, base's refusal of the safe one at 0.2 stays.
+        let strict = front(&cases(), &chats, &[1.0], 0.05);
+        assert!(strict.iter().all(|s| s.clear.is_none_or(|c| c <= 0.1)));
+        let pair = (strict[0].refusal_unsafe.value, strict[0].refusal_safe.value);
+        assert!((pair.0 - 2.0 / 3.0).abs() < 1e-9 && (pair.1 - 1.0 / 3.0).abs() < 1e-9);
+        // Nothing at all: what base does.
+        let none = front(&cases(), &chats, &[1.0], 0.0);
+        assert!(none.iter().all(|s| s.chat_kl == 0.0) && !none.is_empty());
+    }
+
+    #[test]
+    fn a_cut_parts_neighbours() {
+        assert_eq!(middle(1.0, 2.0), 1.5);
+        assert_eq!(middle(1.0, 1.0f32.next_up()), 1.0f32.next_up());
+    }
+
+    #[test]
+    fn prompts_are_taken_at_equal_distances() {
+        let all = prompts::shipped_benign().unwrap();
+        let some = evenly(all.iter().take(10).collect(), 4);
+        let ids: Vec<&str> = some.iter().map(|p| p.id.as_str()).collect();
+        let expected = [0, 2, 5, 7].map(|i| all[i].id.as_str());
+        assert_eq!(ids, expected);
+        assert_eq!(evenly(all.iter().collect(), 0).len(), all.len());
+    }
+}
