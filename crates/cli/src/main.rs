@@ -60,6 +60,8 @@ enum Command {
     Sae(cmd::sae::Args),
     /// List the features that a study found, or show one.
     Features(cmd::features::Args),
+    /// Choose a study's plan on validation prompts; the test prompts stay untouched.
+    Tune(cmd::tune::Args),
     /// Train a gate, or see what one makes of prompts.
     Gate(cmd::gate::Args),
     /// Ask suites of questions, under base and plans: capability, refusal, over-refusal.
@@ -103,6 +105,7 @@ fn run(command: Command, threads: Option<usize>) -> anyhow::Result<()> {
         Command::Harvest(args) => cmd::harvest::run(args),
         Command::Sae(args) => cmd::sae::run(args),
         Command::Features(args) => cmd::features::run(args),
+        Command::Tune(args) => cmd::tune::run(args),
         Command::Gate(args) => cmd::gate::run(args),
         Command::Eval(args) => cmd::eval::run(*args),
         Command::Plan(args) => cmd::plan::run(args),

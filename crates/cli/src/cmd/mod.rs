@@ -20,3 +20,4 @@ pub mod sae;
 pub mod sae_eval;
 pub mod sae_fit;
 pub mod study;
+pub mod tune;

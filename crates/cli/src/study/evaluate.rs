@@ -14,14 +14,13 @@ use demur_steering::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::calibrate::Calibrated;
 use super::config::Arm;
 use super::corpus::passages;
 use super::discover::Found;
 use super::gate::{GATE_NAME, Trained};
 use super::shipped;
 use super::tune::Tuned;
-use super::{SAE_NAME, StudyContext, Working};
+use super::{Planned, SAE_NAME, StudyContext, Working};
 use crate::progress::Progress;
 
 /// What the system-prompt arm says.
@@ -38,15 +37,7 @@ pub struct ArmRun {
     pub passages: Vec<(usize, f64, f64)>,
 }
 
-pub fn run(
-    c: &StudyContext,
-    sae: &Working,
-    found: &Found,
-    gate: Option<&Trained>,
-    tuned: &Tuned,
-    calibrated: Option<&Calibrated>,
-    scratch: &Path,
-) -> Result<Vec<ArmRun>> {
+pub fn run(c: &StudyContext, planned: &Planned, scratch: &Path) -> Result<Vec<ArmRun>> {
     let cfg = &c.study.evaluate;
     let prompts = test_prompts(c);
     let items = c.items(&prompts)?;
@@ -57,11 +48,15 @@ pub fn run(
     let plans = cfg
         .arms
         .iter()
-        .map(|&arm| Ok((arm, plan_of(c, arm, sae, found, gate, tuned, calibrated)?)))
+        .map(|&arm| Ok((arm, plan_of(c, arm, planned)?)))
         .collect::<Result<Vec<_>>>()?;
     let hooks = plans
         .iter()
-        .map(|(_, plan)| plan.as_ref().map(|p| c.compile(p, sae)).transpose())
+        .map(|(_, plan)| {
+            plan.as_ref()
+                .map(|p| c.compile(p, &planned.working))
+                .transpose()
+        })
         .collect::<Result<Vec<_>>>()?;
     let run_arms: Vec<RunArm<'_>> = plans
         .iter()
@@ -102,23 +97,14 @@ pub fn run(
 
 /// The plan that the study would have used: the gated arm that it runs, the one with damping before the
 /// one without; the clamp, if it runs none.
-pub fn chosen_plan(
-    c: &StudyContext,
-    sae: &Working,
-    found: &Found,
-    gate: Option<&Trained>,
-    tuned: &Tuned,
-    calibrated: Option<&Calibrated>,
-) -> Result<SteeringPlan> {
+pub fn chosen_plan(c: &StudyContext, planned: &Planned) -> Result<SteeringPlan> {
     let runs = |arm: &Arm| c.study.evaluate.arms.contains(arm);
     let gated = [Arm::GatedClampDamped, Arm::GatedClamp]
         .into_iter()
         .find(runs);
     match gated {
-        Some(arm) => {
-            plan_of(c, arm, sae, found, gate, tuned, calibrated)?.context("a gated arm has a plan")
-        }
-        None => Ok(tuned.plan.clone()),
+        Some(arm) => plan_of(c, arm, planned)?.context("a gated arm has a plan"),
+        None => Ok(planned.tuned.plan.clone()),
     }
 }
 
@@ -173,15 +159,15 @@ fn text_costs(
 }
 
 /// What an arm does.
-fn plan_of(
-    c: &StudyContext,
-    arm: Arm,
-    sae: &Working,
-    found: &Found,
-    gate: Option<&Trained>,
-    tuned: &Tuned,
-    calibrated: Option<&Calibrated>,
-) -> Result<Option<SteeringPlan>> {
+fn plan_of(c: &StudyContext, arm: Arm, planned: &Planned) -> Result<Option<SteeringPlan>> {
+    let Planned {
+        working: sae,
+        gate,
+        found,
+        tuned,
+        calibrated,
+        ..
+    } = planned;
     let named = |mut plan: SteeringPlan| {
         plan.name = arm.name().to_owned();
         plan.saes.insert(SAE_NAME.to_owned(), sae.sha256.clone());
@@ -193,7 +179,9 @@ fn plan_of(
         named(plan)
     };
     let gated = |mut plan: SteeringPlan, of: &dyn Fn(&Trained) -> &Gate| {
-        let trained = gate.context("the arm needs a gate, and none was trained")?;
+        let trained = gate
+            .as_ref()
+            .context("the arm needs a gate, and none was trained")?;
         plan.gates.insert(GATE_NAME.to_owned(), of(trained).clone());
         for spec in &mut plan.interventions {
             spec.when = Some(Condition::Gate(GATE_NAME.to_owned()));
@@ -224,8 +212,12 @@ fn plan_of(
         Arm::DefaultPlan => Some(shipped::plan()?),
         Arm::GatedClamp => named(gated(tuned.strongest.clone(), &|t| &t.gate)?),
         Arm::GatedClampDamped => {
-            let trained = gate.context("the arm needs a gate, and none was trained")?;
-            let calibrated = calibrated.context("the arm needs a calibrated gate")?;
+            let trained = gate
+                .as_ref()
+                .context("the arm needs a gate, and none was trained")?;
+            let calibrated = calibrated
+                .as_ref()
+                .context("the arm needs a calibrated gate")?;
             let plan = calibrated.plan(&tuned.strongest, &trained.gate);
             named(plan)
         }

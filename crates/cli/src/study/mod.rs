@@ -97,14 +97,51 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let mut run = run::Run::open(options.runs.join(&study.name), from)?;
     let (model_sha256, context) = pull(&mut run, study)?;
     let c = &context;
-    let trained = corpus_and_sae(&mut run, c)?;
+    let p = plan(&mut run, c)?;
+    let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
+        evaluate::run(c, &p, scratch)
+    })?;
+    let record = record::assemble(c, &run, &model_sha256, &p, &evaluated)?;
+    record.write(&run.dir.join("record.json"))?;
+    let html = crate::report::render(&record)?;
+    write_atomic(&run.dir.join("report.html"), html.as_bytes())?;
+    note(format_args!(
+        "{:<12} {}",
+        "report",
+        run.dir.join("report.html").display()
+    ));
+    Ok(record)
+}
+
+/// What a study knows before its test.
+pub struct Planned {
+    trained: train::Trained,
+    working: Working,
+    gate: Option<gate::Trained>,
+    found: discover::Found,
+    pub tuned: tune::Tuned,
+    pub calibrated: Option<calibrate::Calibrated>,
+    /// `plan.toml` of the run.
+    pub file: PathBuf,
+}
+
+/// Runs the stages up to `calibrate`, and leaves the plan that they chose.
+pub fn plan_only(study: Study, options: &Options) -> Result<Planned> {
+    let mut run = run::Run::open(options.runs.join(&study.name), None)?;
+    let (_, context) = pull(&mut run, study)?;
+    plan(&mut run, &context)
+}
+
+/// The stages after `pull` up to `calibrate`; leaves `plan.toml`.
+fn plan(run: &mut run::Run, c: &StudyContext) -> Result<Planned> {
+    let trained = corpus_and_sae(run, c)?;
     let harvest_dir = run.dir.join("harvest");
     let sae = train::load(c, &run.dir.join("train"))?;
     if c.study.evaluate.arms.contains(&config::Arm::DefaultPlan) {
         fits_default_plan(c, &sae, &trained.sha256)?;
     }
     let gate = match c.study.wants_gate() {
-        true => Some(train_gate(&mut run, c, &sae, &trained.sha256)?),
+        true => Some(train_gate(run, c, &sae, &trained.sha256)?),
         false => None,
     };
     let found = run.stage(
@@ -129,42 +166,20 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
         }
         _ => None,
     };
-    // For `demur chat --plan`: it needs nothing but the SAE.
-    let calibrated = calibrated.as_ref();
-    let plan = evaluate::chosen_plan(c, &working, &found, gate.as_ref(), &tuned, calibrated)?;
-    let plan = absolute(&plan, &working.set())?.to_toml()?;
-    write_atomic(&run.dir.join("plan.toml"), plan.as_bytes())?;
-    let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
-        evaluate::run(
-            c,
-            &working,
-            &found,
-            gate.as_ref(),
-            &tuned,
-            calibrated,
-            scratch,
-        )
-    })?;
-    let record = record::assemble(
-        c,
-        &run,
-        &model_sha256,
-        &trained,
-        gate.as_ref(),
-        &found,
-        &tuned,
+    let planned = Planned {
+        trained,
+        working,
+        gate,
+        found,
+        tuned,
         calibrated,
-        &evaluated,
-    )?;
-    record.write(&run.dir.join("record.json"))?;
-    let html = crate::report::render(&record)?;
-    write_atomic(&run.dir.join("report.html"), html.as_bytes())?;
-    note(format_args!(
-        "{:<12} {}",
-        "report",
-        run.dir.join("report.html").display()
-    ));
-    Ok(record)
+        file: run.dir.join("plan.toml"),
+    };
+    // For `demur chat --plan`: it needs nothing but the SAE.
+    let plan = evaluate::chosen_plan(c, &planned)?;
+    let plan = absolute(&plan, &planned.working.set())?.to_toml()?;
+    write_atomic(&planned.file, plan.as_bytes())?;
+    Ok(planned)
 }
 
 /// Says before the long stages that the shipped plan is not for this model or this SAE.

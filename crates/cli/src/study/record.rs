@@ -12,15 +12,11 @@ use demur_eval::stats::{self, Estimate, mcnemar, paired_difference, wilson};
 use demur_features::gate::Group;
 use demur_steering::{explain, explain_gate};
 
-use super::StudyContext;
-use super::calibrate::Calibrated;
 use super::config::Arm;
-use super::discover::Found;
 use super::evaluate::{ArmRun, test_prompts};
-use super::gate::{GATE_NAME, Trained as TrainedGate};
+use super::gate::GATE_NAME;
 use super::run::Run;
-use super::train::Trained;
-use super::tune::Tuned;
+use super::{Planned, StudyContext};
 
 /// Arms that somebody would deploy; the others are controls.
 const DEPLOYABLE: [Arm; 7] = [
@@ -37,13 +33,17 @@ pub fn assemble(
     c: &StudyContext,
     run: &Run,
     model_sha256: &str,
-    trained: &Trained,
-    gate: Option<&TrainedGate>,
-    found: &Found,
-    tuned: &Tuned,
-    calibrated: Option<&Calibrated>,
+    planned: &Planned,
     runs: &[ArmRun],
 ) -> Result<Record> {
+    let Planned {
+        trained,
+        gate,
+        found,
+        tuned,
+        calibrated,
+        ..
+    } = planned;
     let spec = c.loaded.model.spec();
     let prompts = test_prompts(c);
     let arms = arm_results(c, &prompts, runs);
@@ -117,7 +117,7 @@ pub fn assemble(
                 safe: c.prompts(split, Label::Safe).len(),
             })
             .collect(),
-        gate: gate.map(|g| GateFacts {
+        gate: gate.as_ref().map(|g| GateFacts {
             latents: g.gate.weights.len(),
             site: g.gate.site.clone(),
             in_words: explain_gate(GATE_NAME, &g.gate),
@@ -143,7 +143,7 @@ pub fn assemble(
             base_safe: tuned.base_safe,
             sweep: tuned.sweep.clone(),
         },
-        calibration: calibrated.map(|c| c.calibration.clone()),
+        calibration: calibrated.as_ref().map(|c| c.calibration.clone()),
         plan: serde_json::to_value(&tuned.plan)?,
         plan_sha256: tuned.plan.sha256(),
         plan_in_words: explain(&tuned.plan),
