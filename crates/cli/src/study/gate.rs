@@ -5,7 +5,7 @@
 //! the categories that training never saw. Beside it stand a probe on the raw residual, trained and
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Known, Label, Prompt, Split};
@@ -216,27 +216,32 @@ pub(super) fn gate_prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
     Ok(splits.into_iter().flat_map(of).collect())
 }
 
-/// At most `most` of the prompts (0: all), drawn by `seed`; each in a split.
+/// At most `most` of the prompts (0: all), drawn by `seed`; each in a split, a pair in one.
 fn drawn(mut prompts: Vec<Prompt>, most: usize, seed: u64) -> Vec<Prompt> {
     let key = |p: &Prompt| -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(seed.to_le_bytes());
-        hash.update(&p.prompt);
+        match p.pair {
+            Some(pair) => hash.update(pair.to_le_bytes()),
+            None => hash.update(&p.prompt),
+        }
         hash.finalize().into()
     };
-    prompts.sort_by_cached_key(|p| (key(p), p.id.clone()));
     // A text that is there twice would be in two splits.
-    prompts.dedup_by(|a, b| a.prompt == b.prompt);
+    let mut seen = HashSet::new();
+    prompts.retain(|p| seen.insert(p.prompt.clone()));
+    prompts.sort_by_cached_key(|p| (key(p), p.id.clone()));
     if most > 0 {
         prompts.truncate(most);
     }
-    for (i, p) in prompts.iter_mut().enumerate() {
-        let split = match i % 5 {
-            4 => Split::Validation,
-            _ => Split::Discovery,
-        };
-        p.split = Some(split);
-        p.pair = None;
+    for (i, group) in prompts.chunk_by_mut(|a, b| key(a) == key(b)).enumerate() {
+        for p in group {
+            p.split = Some(match i % 5 {
+                4 => Split::Validation,
+                _ => Split::Discovery,
+            });
+            p.pair = None;
+        }
     }
     prompts
 }

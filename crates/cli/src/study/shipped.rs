@@ -58,18 +58,14 @@ mod tests {
                 .iter()
                 .all(|p| p.direction.len() == sae.d_model())
         );
-        // One of the two interventions is always on, and they push the same latent opposite ways.
+        // Where the gate is open and where it is clear the same latent is pushed opposite ways.
         let [on, off] = &plan.interventions[..] else {
             panic!("{:?}", plan.interventions.len());
         };
-        let open = Condition::Gate("unsafe".to_owned());
-        assert_eq!(on.when, Some(open.clone()));
-        assert_eq!(
-            off.when,
-            Some(Condition::Not {
-                not: Box::new(open)
-            })
-        );
+        let name = || "unsafe".to_owned();
+        assert_eq!(on.when, Some(Condition::Gate(name())));
+        assert_eq!(off.when, Some(Condition::Clear { clear: name() }));
+        assert!(gate.clear.is_some_and(|clear| clear <= gate.threshold));
         assert_eq!(on.edits[0].latent, off.edits[0].latent);
         assert!(on.edits[0].value > 0.0 && off.edits[0].value < 0.0);
     }

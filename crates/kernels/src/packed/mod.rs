@@ -284,6 +284,11 @@ impl<'a> Ready<'a> {
             }
             (Strip::Int8(x), Way::Packed) => {
                 for (panel, sums) in panels.zip(sums) {
+                    #[cfg(target_arch = "x86_64")]
+                    if x.rows == 1 {
+                        vnni::one(w, panel, x, &mut sums[0]);
+                        continue;
+                    }
                     self.scratch.unpack(w, panel..panel + 1, false);
                     w.tile::<true>(self.scratch.panel(w, 0, panel), x, &mut sums[..x.rows]);
                 }

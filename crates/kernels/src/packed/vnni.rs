@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{TILE, TOP, Tile};
 use super::panel::{Panel, Row};
-use super::{Kind, Line, PANEL, Packed};
+use super::{Factors, Kind, Line, PANEL, Packed};
 
 /// Sums of one panel for a tile of activations; of [`TILE`] rows the sums, the weights of a block and a
 /// scale fill the registers. The integers are unpacked, or with `PACKED` as they are stored, and are then
@@ -61,6 +61,138 @@ pub(super) fn tile<const PACKED: bool>(
         }
         first += n;
     }
+}
+
+/// Sums of one panel as it is packed for one row: [`tile`], bit for bit, with the factors widened in registers
+/// too.
+pub(super) fn one(w: &Packed, panel: usize, x: Tile<'_>, sums: &mut Row) {
+    assert!(x.rows == 1 && x.holds(w.blocks));
+    let lines = w.lines(panel);
+    assert_eq!(lines.len(), w.blocks * w.kind.lines());
+    // SAFETY: `dispatch::isa` said AVX-512; the lengths were checked.
+    unsafe { one_inner(w, panel, lines, x, sums) };
+}
+
+/// # Safety
+/// Needs the features below; `lines` are the panel's, `x` holds a row.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
+unsafe fn one_inner(w: &Packed, panel: usize, lines: &[Line], x: Tile<'_>, sums: &mut Row) {
+    let (blocks, groups) = (w.blocks, w.blocks * w.halves);
+    /// Picks the instance for the integers, given how factors are read.
+    macro_rules! bits {
+        ($min:expr, $factors:expr) => {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match (w.kind, w.halves) {
+                    (Kind::Bits4, 1) => row::<4, 1, $min>(w, lines, $factors, x, sums),
+                    (Kind::Bits4, _) => row::<4, 2, $min>(w, lines, $factors, x, sums),
+                    (Kind::Bits5, _) => row::<5, 1, $min>(w, lines, $factors, x, sums),
+                    (Kind::Bits6, _) => row::<6, 2, $min>(w, lines, $factors, x, sums),
+                    (Kind::Bits8, 1) => row::<8, 1, $min>(w, lines, $factors, x, sums),
+                    (Kind::Bits8, _) => row::<8, 2, $min>(w, lines, $factors, x, sums),
+                }
+            }
+        };
+    }
+    match &w.factors {
+        Factors::Blocks { scales, mins } => {
+            let scales = &scales[panel * blocks..][..blocks];
+            if mins.is_empty() {
+                bits!(false, |at| (half(&scales[at]), _mm512_setzero_ps()));
+            } else {
+                let mins = &mins[panel * blocks..][..blocks];
+                bits!(true, |at| (half(&scales[at]), half(&mins[at])));
+            }
+        }
+        Factors::Supers { units, scales } => {
+            let units = &units[panel * (blocks / 8)..][..blocks / 8];
+            let scales = &scales[panel * groups..][..groups];
+            let each = 8 * w.halves;
+            let factor = |at: usize| expand(&units[at / each], &scales[at]);
+            bits!(false, |at| (factor(at), _mm512_setzero_ps()));
+        }
+        Factors::SupersWithMins {
+            units,
+            scales,
+            min_units,
+            mins,
+        } => {
+            let of = panel * (blocks / 8)..(panel + 1) * (blocks / 8);
+            let (units, min_units) = (&units[of.clone()], &min_units[of]);
+            let of = panel * groups..(panel + 1) * groups;
+            let (scales, mins) = (&scales[of.clone()], &mins[of]);
+            let each = 8 * w.halves;
+            let minus = _mm512_set1_ps(-0.0);
+            bits!(true, |at| (
+                expand(&units[at / each], &scales[at]),
+                _mm512_xor_ps(expand(&min_units[at / each], &mins[at]), minus),
+            ));
+        }
+    }
+}
+
+/// f16 to f32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
+fn half(halves: &[u16; PANEL]) -> __m512 {
+    // SAFETY: 16 values.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) })
+}
+
+/// A unit times an integer.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
+fn expand(unit: &[u16; PANEL], integers: &[i8; PANEL]) -> __m512 {
+    // SAFETY: 16 values.
+    let integers = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(integers.as_ptr().cast()) });
+    _mm512_mul_ps(half(unit), _mm512_cvtepi32_ps(integers))
+}
+
+/// # Safety
+/// Needs the features below. `lines` holds `w.blocks` blocks of `BITS` bits, `x` as many of one row;
+/// `factors` gives scale and minimum of each of a block's `HALVES` groups.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
+unsafe fn row<const BITS: usize, const HALVES: usize, const MIN: bool>(
+    w: &Packed,
+    lines: &[Line],
+    factors: impl Fn(usize) -> (__m512, __m512),
+    x: Tile<'_>,
+    sums: &mut Row,
+) {
+    let mut acc = _mm512_setzero_ps();
+    for (b, weights) in lines.chunks_exact(BITS).enumerate() {
+        for line in weights {
+            let ahead = std::ptr::from_ref(line).wrapping_add(16 * BITS);
+            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+        }
+        // SAFETY: a block of `BITS` bits has as many vectors.
+        let v = unsafe { block::<BITS>(weights.as_ptr()) };
+        let x = x.block(b, 0);
+        let q = x.q.as_chunks::<4>().0;
+        for h in 0..HALVES {
+            let (scale, min) = factors(b * HALVES + h);
+            let mut sum = _mm512_setzero_si512();
+            if !MIN {
+                let start = x.start(HALVES, h);
+                sum = _mm512_set1_epi32(if BITS == 8 {
+                    start
+                } else {
+                    start / TOP * w.offset
+                });
+            }
+            for g in h * 8 / HALVES..(h + 1) * 8 / HALVES {
+                let q = i32::from_ne_bytes(q[g].map(|q| q as u8));
+                sum = _mm512_dpbusd_epi32(sum, v[g], _mm512_set1_epi32(q));
+            }
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale));
+            acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
+            if MIN {
+                acc = _mm512_fmadd_ps(min, _mm512_set1_ps(x.sum(HALVES, h)), acc);
+            }
+        }
+    }
+    // SAFETY: a row has 16 values.
+    unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), acc) };
 }
 
 /// The integers of a block: vector `g` holds columns `4 g .. 4 g + 4`.
