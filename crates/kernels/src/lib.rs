@@ -11,6 +11,7 @@
 //! | [`mlp`] | the gated MLP, its hidden activations never in memory |
 //! | [`attention`] | causal attention over ragged caches |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
+//! | [`backward`] | gradients of norms, activations and attention |
 //! | [`encoder`] | product and top-k of an autoencoder's encoder in one pass, bf16 or f32 |
 //! | [`element`] | rows of bf16 or f32, gathered and summed |
 //! | [`adam`] | the optimiser's step |
@@ -22,6 +23,7 @@
 
 pub mod adam;
 pub mod attention;
+pub mod backward;
 pub mod dispatch;
 pub mod element;
 pub mod encoder;

@@ -319,3 +319,86 @@ fn bf16_products_match_the_reference() {
         }
     });
 }
+
+/// The exact product and its transpose against f64 on the same weights, over more than one task, more
+/// than one part of the inner dimension, and rests of both.
+#[test]
+fn exact_products_and_their_transpose_match_the_reference_for_every_type() {
+    on_every_isa(|isa| {
+        for ty in ALL {
+            for (m, k, n) in [(1, 512, 1), (147, 1280, 3), (1100, 512, 37)] {
+                let bytes = matrix(ty, m, k, 11 + m as u64);
+                let mut next = noise(17);
+                let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
+                let dy: Vec<f32> = (0..n * m).map(|_| next()).collect();
+                let bias: Vec<f32> = (0..m).map(|_| next()).collect();
+                let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+
+                let mut y = vec![f32::NAN; n * m];
+                linear.forward_exact(&x, n, Some(&bias), &mut y);
+                let mut expected = reference(ty, &bytes, m, k, &x, false);
+                for (i, e) in expected.iter_mut().enumerate() {
+                    *e += f64::from(bias[i % m]);
+                }
+                close(&y, &expected, 1e-4);
+
+                let mut w = vec![0.0; m * k];
+                dequantize_row(ty, &bytes, &mut w).unwrap();
+                let before: Vec<f32> = (0..n * k).map(|_| next()).collect();
+                let mut dx = before.clone();
+                linear.backward(&dy, n, &mut dx);
+                let mut expected: Vec<f64> = before.iter().map(|v| f64::from(*v)).collect();
+                for (dy, dx) in dy.chunks_exact(m).zip(expected.chunks_exact_mut(k)) {
+                    for (dy, w) in dy.iter().zip(w.chunks_exact(k)) {
+                        for (dx, w) in dx.iter_mut().zip(w) {
+                            *dx += f64::from(*dy) * f64::from(*w);
+                        }
+                    }
+                }
+                let found = std::panic::catch_unwind(|| close(&dx, &expected, 1e-4));
+                assert!(found.is_ok(), "{} m {m} k {k} n {n} {isa:?}", ty.name());
+            }
+        }
+    });
+}
+
+/// Widened, packed weights are those of the file to the last bit, whole and in part.
+#[test]
+fn nothing_is_lost_in_packed_weights() {
+    let (m, k) = (37, 512);
+    on_every_isa(|isa| {
+        for ty in ALL {
+            let bytes = matrix(ty, m, k, 23);
+            let mut w = vec![0.0; m * k];
+            dequantize_row(ty, &bytes, &mut w).unwrap();
+            let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+            for (rows, columns) in [(0..m, 0..k), (16..37, 96..288), (32..35, 480..512)] {
+                linear.with_widened(rows.clone(), columns.clone(), |part| {
+                    for (r, row) in rows.enumerate() {
+                        let found = &part.data[r * part.row_stride..][..columns.len()];
+                        let expected = &w[row * k..][columns.clone()];
+                        assert_eq!(found, expected, "{} {isa:?} row {row}", ty.name());
+                    }
+                });
+            }
+        }
+    });
+}
+
+/// What is not packed is multiplied as ever.
+#[test]
+fn the_exact_product_of_wide_weights_is_the_plain_one() {
+    let (m, k, n) = (19, 96, 5);
+    let mut next = noise(3);
+    let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
+    for ty in [GgmlType::F32, GgmlType::F16, GgmlType::BF16] {
+        let bytes = matrix(ty, m, k, 5);
+        let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+        let (mut plain, mut exact) = (vec![0.0; n * m], vec![0.0; n * m]);
+        on_every_isa(|_| {
+            linear.forward(&x, n, None, &mut plain);
+            linear.forward_exact(&x, n, None, &mut exact);
+            assert_eq!(plain, exact, "{}", ty.name());
+        });
+    }
+}
