@@ -90,7 +90,7 @@ fn sites(model: &Model) -> Vec<Site> {
 
 /// A direction of length 1 that looks random.
 fn direction(d: usize, seed: usize) -> Vec<f32> {
-    let mut state = seed as u32 * 2_654_435_769 + 1;
+    let mut state = (seed as u32).wrapping_mul(2_654_435_769) + 1;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / (1 << 23) as f32 - 1.0
