@@ -143,19 +143,25 @@ impl Latents<'_> {
     }
 }
 
-/// Evidence for every latent that is active in at least one prompt: means over all prompts, and
-/// Wilcoxon's signed-rank test of the prompts' attributions against zero (the metric with the latent
-/// and without it is a pair, of which the attribution is the difference), adjusted over the latents
-/// (Benjamini-Hochberg). `steps` is what [`attribute`] was given.
-pub fn evidence(prompts: &[PromptAttribution], steps: usize) -> BTreeMap<u32, AttributionEvidence> {
-    let plain = over_prompts(prompts, |p| &p.plain);
-    let mut integrated = over_prompts(prompts, |p| &p.integrated);
-    plain
-        .into_iter()
-        .map(|(j, (active, mean, q))| {
-            let integrated = integrated
-                .remove(&j)
-                .map(|(_, mean, q)| IntegratedEvidence { steps, mean, q });
+/// Evidence over some prompts, for any latent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attributions {
+    prompts: usize,
+    steps: usize,
+    active: BTreeMap<u32, AttributionEvidence>,
+}
+
+impl Attributions {
+    /// Sums up what [`attribute`] found with `steps` steps: means over all prompts, and Wilcoxon's
+    /// signed-rank test of the prompts' attributions against zero (the metric with the latent and
+    /// without it is a pair, of which the attribution is the difference), adjusted over all latents
+    /// that are active in at least one (Benjamini-Hochberg).
+    pub fn new(prompts: &[PromptAttribution], steps: usize) -> Self {
+        let plain = over_prompts(prompts, |p| &p.plain);
+        let mut integrated = over_prompts(prompts, |p| &p.integrated);
+        let evidence = |(j, (active, mean, q))| {
+            let integrated = integrated.remove(&j);
+            let integrated = integrated.map(|(_, mean, q)| IntegratedEvidence { steps, mean, q });
             let evidence = AttributionEvidence {
                 prompts: prompts.len(),
                 active,
@@ -164,8 +170,39 @@ pub fn evidence(prompts: &[PromptAttribution], steps: usize) -> BTreeMap<u32, At
                 integrated,
             };
             (j, evidence)
-        })
-        .collect()
+        };
+        Self {
+            prompts: prompts.len(),
+            steps,
+            active: plain.into_iter().map(evidence).collect(),
+        }
+    }
+
+    /// The evidence for a latent; one that is not active on any prompt adds nothing to any.
+    pub fn of(&self, latent: u32) -> AttributionEvidence {
+        let nothing = || AttributionEvidence {
+            prompts: self.prompts,
+            active: 0,
+            mean: 0.0,
+            q: 1.0,
+            integrated: (self.steps > 0).then_some(IntegratedEvidence {
+                steps: self.steps,
+                mean: 0.0,
+                q: 1.0,
+            }),
+        };
+        self.active.get(&latent).cloned().unwrap_or_else(nothing)
+    }
+
+    /// Latents that add to the metric, the one that adds most first: by the integrated form, if there
+    /// is one.
+    pub fn ranked(&self) -> Vec<u32> {
+        let best = |e: &AttributionEvidence| e.integrated.as_ref().map_or(e.mean, |i| i.mean);
+        let all = self.active.iter().map(|(j, e)| (*j, best(e)));
+        let mut positive: Vec<(u32, f64)> = all.filter(|(_, mean)| *mean > 0.0).collect();
+        positive.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        positive.into_iter().map(|(j, _)| j).collect()
+    }
 }
 
 /// Of each latent the number of prompts that have it, the mean over all, and the adjusted p value.
@@ -257,22 +294,37 @@ mod tests {
                 PromptAttribution { plain, integrated }
             })
             .collect();
-        let found = evidence(&prompts, 8);
-        assert_eq!(found.keys().copied().collect::<Vec<_>>(), [4, 7]);
-        let (a, b) = (&found[&4], &found[&7]);
+        let found = Attributions::new(&prompts, 8);
+        let (a, b) = (found.of(4), found.of(7));
         assert_eq!((a.prompts, a.active, a.mean), (10, 10, 5.5));
         assert_eq!((b.prompts, b.active, b.mean), (10, 2, 0.2));
         // W = 55 of 10 ranks: z = (55 - 27.5 - 0.5) / sqrt(96.25) = 2.752, p = 0.0059; of two latents.
         assert!((a.q - 2.0 * 0.00592).abs() < 1e-4, "{}", a.q);
         assert_eq!(b.q, 1.0);
-        let half = a.integrated.as_ref().unwrap();
+        let half = a.integrated.unwrap();
         assert_eq!((half.steps, half.mean, half.q), (8, 2.75, a.q));
-        // Without steps there is nothing to show of them.
-        let plain = PromptAttribution {
+        let silent = found.of(5);
+        assert_eq!((silent.prompts, silent.active, silent.mean), (10, 0, 0.0));
+        assert_eq!(silent.integrated.unwrap().mean, 0.0);
+        assert_eq!(found.ranked(), [4, 7]);
+    }
+
+    #[test]
+    fn the_integrated_form_ranks_if_it_is_there() {
+        let plain = BTreeMap::from([(1, 3.0), (2, 2.0), (3, -1.0)]);
+        let integrated = BTreeMap::from([(1, -0.5), (2, 2.0), (3, 4.0)]);
+        let with = PromptAttribution { plain, integrated };
+        let without = PromptAttribution {
             integrated: BTreeMap::new(),
-            ..prompts[0].clone()
+            ..with.clone()
         };
-        assert_eq!(evidence(&[plain], 0)[&4].integrated, None);
+        assert_eq!(Attributions::new(&[with], 4).ranked(), [3, 2]);
+        let plain = Attributions::new(&[without], 0);
+        assert_eq!(plain.ranked(), [1, 2]);
+        assert_eq!(
+            (plain.of(1).integrated, plain.of(9).integrated),
+            (None, None)
+        );
     }
 
     const SITE: Site = Site {

@@ -100,10 +100,10 @@ fn direction(d: usize, seed: usize) -> Vec<f32> {
     v.iter().map(|v| v / norm).collect()
 }
 
-/// Every row of the gradient, along a random direction and along itself, against
-/// `(4 D(h) - D(2 h)) / 3` with `D(h)` the central difference: its error is `h^4`, so that steps can be
-/// large. Logits in f32 are off by some 1e-6 each, of which a step of `h` makes 1e-6 / h; what remains
-/// of the fifth derivative is smaller.
+/// Every row of the gradient, along a random direction and along itself, in units of the residual's
+/// length, against `(4 D(h) - D(2 h)) / 3` with `D(h)` the central difference: its error is `h^4`, so
+/// that steps can be large. Logits in f32 are off by some 1e-6 each, of which a step of `h` makes
+/// 1e-6 / h; what remains of the fifth derivative is smaller.
 fn check(name: &str) {
     const H: f32 = 0.02;
     const TOLERANCE: f64 = 3e-4;
@@ -124,9 +124,11 @@ fn check(name: &str) {
                 assert!(g.iter().all(|v| *v == 0.0), "{name} {site}: row {t}");
                 continue;
             }
-            let norm = g.iter().map(|v| v * v).sum::<f32>().sqrt();
-            let along: Vec<f32> = g.iter().map(|v| v / norm.max(1e-9)).collect();
-            for u in [direction(d, t), along] {
+            let norm = |v: &[f32]| v.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let length = norm(&x[t * d..(t + 1) * d]);
+            let along: Vec<f32> = g.iter().map(|v| v / norm(g).max(1e-9)).collect();
+            for mut u in [direction(d, t), along] {
+                u.iter_mut().for_each(|u| *u *= length);
                 let difference = |h: f32| {
                     let at = |h: f32| {
                         let by: Vec<f32> = u.iter().map(|u| h * u).collect();
