@@ -283,7 +283,7 @@ mod tests {
             q: 0.04,
         });
         let both = attributed(&a).into_string();
-        assert!(both.contains("<b>-0.193</b>"), "{both}");
+        assert!(both.contains("<b>−0.193</b>"), "{both}");
         assert!(both.contains("over 8 steps"), "{both}");
     }
 

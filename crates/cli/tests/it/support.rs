@@ -155,7 +155,7 @@ methods = ["harmful_vs_lookalike", "attribution"]
 reply_tokens = 4
 candidates = 4
 max_density = 0.9
-attribution = { prompts = 4, steps = 2 }
+attribution = {{ prompts = 4, steps = 2 }}
 [tune]
 values = [0.5, 2.0]
 set_sizes = [1, 2]

@@ -1,6 +1,4 @@
-//! Packed weights back in f32, some rows and columns at a time, for products that round nothing.
-
-use std::ops::Range;
+//! Packed weights back in f32, a block at a time, for products that round nothing.
 
 use super::panel::{Row, unpack_integers};
 use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
@@ -8,20 +6,15 @@ use crate::linear::widen_f16;
 use crate::ops::dispatched;
 
 impl Packed {
-    /// Writes the weights of `rows` and `blocks` of columns to `out`.
-    ///
-    /// # Shapes
-    /// `out` is `[rows.len(), 32 * blocks.len()]`; `rows` begins with a panel.
-    pub(crate) fn dequantise(&self, rows: Range<usize>, blocks: Range<usize>, out: &mut [f32]) {
-        assert!(rows.start.is_multiple_of(PANEL) && rows.end <= self.rows);
-        assert_eq!(out.len(), rows.len() * blocks.len() * BLOCK);
-        let width = blocks.len() * BLOCK;
-        for (at, out) in out.chunks_mut(PANEL * width).enumerate() {
-            for (b, block) in blocks.clone().enumerate() {
-                let panel = rows.start / PANEL + at;
-                dequantise_block(self, panel, block, b * BLOCK, width, out);
-            }
-        }
+    /// Writes the weights of a panel's 16 rows and a block's 32 columns to `out`, `out[c * BLOCK + r]` for
+    /// row `r` and column `c`. Rows beyond the matrix are 0.
+    pub(crate) fn columns(&self, panel: usize, block: usize, out: &mut [f32]) {
+        columns(self, panel, block, out);
+    }
+
+    /// The same, `out[r * BLOCK + c]`.
+    pub(crate) fn rows(&self, panel: usize, block: usize, out: &mut [f32]) {
+        rows(self, panel, block, out);
     }
 
     /// Scales and minima of a panel's rows in one group of columns; 0 where a type has no minima.
@@ -46,37 +39,59 @@ impl Packed {
             } => (expand(units, scales), expand(min_units, mins).map(|m| -m)),
         }
     }
-}
 
-dispatched! {
-    fn dequantise_block / body (w: &Packed, panel: usize, block: usize, column: usize, width: usize, out: &mut [f32])
-}
-
-/// One block into the columns from `column` on of the panel's rows, which are `width` wide.
-#[inline(always)]
-fn body(w: &Packed, panel: usize, block: usize, column: usize, width: usize, out: &mut [f32]) {
-    let each = w.kind.lines();
-    let packed = &w.lines(panel)[block * each..(block + 1) * each];
-    let mut unpacked = [Line::ZERO; 8];
-    let lines = match w.kind {
-        Kind::Bits8 => packed,
-        kind => {
-            unpack_integers(kind, packed, &mut unpacked);
-            &unpacked
-        }
-    };
-    for half in 0..w.halves {
-        let (scales, mins) = w.factors(panel, block, half);
-        let groups = 8 / w.halves;
-        for g in half * groups..(half + 1) * groups {
-            let integers = lines[g].0.as_chunks::<4>().0;
-            let rows = out.chunks_exact_mut(width).zip(integers);
-            for ((out, integers), (scale, min)) in rows.zip(scales.iter().zip(&mins)) {
-                let out = &mut out[column + 4 * g..column + 4 * g + 4];
-                for (o, u) in out.iter_mut().zip(integers) {
-                    *o = (i32::from(*u) - w.offset) as f32 * scale + min;
+    /// Calls `f` with each column of a block: its 16 rows.
+    #[inline(always)]
+    fn each_column(&self, panel: usize, block: usize, mut f: impl FnMut(usize, Row)) {
+        let each = self.kind.lines();
+        let packed = &self.lines(panel)[block * each..(block + 1) * each];
+        let mut unpacked = [Line::ZERO; 8];
+        let lines = match self.kind {
+            Kind::Bits8 => packed,
+            kind => {
+                unpack_integers(kind, packed, &mut unpacked);
+                &unpacked
+            }
+        };
+        let groups = 8 / self.halves;
+        for half in 0..self.halves {
+            let (scales, mins) = self.factors(panel, block, half);
+            for g in half * groups..(half + 1) * groups {
+                // A word is a row's four columns.
+                let words = lines[g].0.as_chunks::<4>().0;
+                for c in 0..4 {
+                    let column = std::array::from_fn(|r| {
+                        let u = (u32::from_le_bytes(words[r]) >> (8 * c)) & 255;
+                        (u as i32 - self.offset) as f32 * scales[r] + mins[r]
+                    });
+                    f(4 * g + c, column);
                 }
             }
         }
     }
+}
+
+dispatched! {
+    fn columns / columns_body (w: &Packed, panel: usize, block: usize, out: &mut [f32])
+}
+
+#[inline(always)]
+fn columns_body(w: &Packed, panel: usize, block: usize, out: &mut [f32]) {
+    w.each_column(panel, block, |c, column| {
+        out[c * BLOCK..c * BLOCK + PANEL].copy_from_slice(&column);
+    });
+}
+
+dispatched! {
+    fn rows / rows_body (w: &Packed, panel: usize, block: usize, out: &mut [f32])
+}
+
+#[inline(always)]
+fn rows_body(w: &Packed, panel: usize, block: usize, out: &mut [f32]) {
+    let out = &mut out[..PANEL * BLOCK];
+    w.each_column(panel, block, |c, column| {
+        for r in 0..PANEL {
+            out[r * BLOCK + c] = column[r];
+        }
+    });
 }

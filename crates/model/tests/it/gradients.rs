@@ -1,7 +1,11 @@
 //! The gradient at a site against finite differences of the ordinary forward pass, for every family.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use demur_kernels::linear::Precision;
 use demur_model::ModelError;
+use demur_model::checkpoint::Checkpoint;
 use demur_model::decoder::{Capture, Gradient, Model};
 use demur_model::hooks::{InterventionState, Point, Rows, Site};
 
@@ -105,7 +109,7 @@ fn direction(d: usize, seed: usize) -> Vec<f32> {
 /// that steps can be large. Logits in f32 are off by some 1e-6 each, of which a step of `h` makes
 /// 1e-6 / h; what remains of the fifth derivative is smaller.
 fn check(name: &str) {
-    const H: f32 = 0.02;
+    const H: f32 = 0.005;
     const TOLERANCE: f64 = 3e-4;
     let model = model(name, Precision::F32);
     let golden = name.strip_suffix("/model.gguf").unwrap_or(name);
@@ -239,4 +243,51 @@ fn what_can_not_be_differentiated_is_an_error() {
     assert!(matches!(beyond, ModelError::SiteLayer { .. }), "{beyond}");
     let long = run(Site::post(0), (model.spec().context + 1) * d, vocab).unwrap_err();
     assert!(matches!(long, ModelError::TooLong { .. }), "{long}");
+}
+
+/// On real weights: the time of a gradient, and its slope along random directions of all rows against
+/// a finite difference of the same f32 pass.
+///
+/// ```text
+/// DEMUR_MODELS=folder-of-gguf-files cargo test --release -p demur-model --test it \
+///     -- --ignored --nocapture gradients_of_real_weights
+/// ```
+#[test]
+#[ignore = "needs a real checkpoint: DEMUR_MODELS"]
+fn gradients_of_real_weights() {
+    const FILE: &str = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf";
+    let folder = std::env::var_os("DEMUR_MODELS").expect("set DEMUR_MODELS");
+    let checkpoint = Checkpoint::open(&Path::new(&folder).join(FILE)).unwrap();
+    let model = Model::load(&Arc::new(checkpoint), Precision::Fast).unwrap();
+    let tokens: Vec<u32> = (0..60).map(|i| 1000 + 37 * i).collect();
+    let site = Site::post(12);
+    let x = resid(&model, &tokens, site);
+    let started = std::time::Instant::now();
+    let found = gradient(&model, site, &x);
+    println!("60 tokens: {:.2} s", started.elapsed().as_secs_f64());
+    let d = model.spec().d_model;
+    for seed in 0..4 {
+        // Each row moves by a hundredth of its length, in a direction of its own.
+        let mut u = Vec::new();
+        for (t, row) in x.chunks_exact(d).enumerate() {
+            let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+            u.extend(direction(d, 1000 * seed + t).iter().map(|v| v * length));
+        }
+        let difference = |h: f32| {
+            let at = |h: f32| {
+                let moved: Vec<f32> = x.iter().zip(&u).map(|(x, u)| x + h * u).collect();
+                log_odds(&gradient(&model, site, &moved).logits)
+            };
+            (at(h) - at(-h)) / (2.0 * f64::from(h))
+        };
+        let expected = (4.0 * difference(0.01) - difference(0.02)) / 3.0;
+        let slope: f64 = found
+            .rows
+            .iter()
+            .zip(&u)
+            .map(|(g, u)| f64::from(g * u))
+            .sum();
+        println!("direction {seed}: slope {slope:.5}, difference {expected:.5}");
+        assert!((slope - expected).abs() < 0.01 * (0.1 + expected.abs()));
+    }
 }
