@@ -76,7 +76,7 @@ impl Linear {
         each_output(&sums, n, k, dx, |dx, _, sum| *dx += sum);
     }
 
-    /// Writes `rows` of a task's `columns` to `out`, `[rows.len(), WIDTH]`.
+    /// Writes `rows` of a task's `columns` to `out`, `[INNER, WIDTH]`.
     fn rows(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         fn each<T: Copy>(
             w: &[T],
@@ -109,8 +109,7 @@ impl Linear {
 }
 
 /// `sums = a w` with `a` `[n, inner]` and the weights `w` `[inner, outputs]`, of which `widen` writes a
-/// task's outputs and a part of the inner dimension, `[INNER, WIDTH]`; what it leaves is 0, and beyond
-/// the part does not count.
+/// task's outputs and a part of the inner dimension, `[INNER, WIDTH]`; what it leaves does not count.
 ///
 /// # Shapes
 /// The result is `[tasks, n, WIDTH]`; see [`each_output`].
@@ -130,7 +129,6 @@ fn products(
         WIDENED.with_borrow_mut(|w| {
             for from in (0..inner).step_by(INNER) {
                 let part = from..inner.min(from + INNER);
-                w.clear();
                 w.resize(INNER * WIDTH, 0.0);
                 widen(outputs.clone(), part.clone(), w);
                 let w = &w[..part.len() * WIDTH];

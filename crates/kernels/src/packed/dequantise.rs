@@ -53,17 +53,21 @@ impl Packed {
                 &unpacked
             }
         };
-        let groups = 8 / self.halves;
+        let (groups, offset) = (8 / self.halves, self.offset as f32);
         for half in 0..self.halves {
             let (scales, mins) = self.factors(panel, block, half);
             for g in half * groups..(half + 1) * groups {
                 // A word is a row's four columns.
-                let words = lines[g].0.as_chunks::<4>().0;
+                let mut words = [0; PANEL];
+                for (word, bytes) in words.iter_mut().zip(lines[g].0.as_chunks::<4>().0) {
+                    *word = u32::from_le_bytes(*bytes);
+                }
                 for c in 0..4 {
-                    let column = std::array::from_fn(|r| {
-                        let u = (u32::from_le_bytes(words[r]) >> (8 * c)) & 255;
-                        (u as i32 - self.offset) as f32 * scales[r] + mins[r]
-                    });
+                    let mut column = [0.0; PANEL];
+                    for r in 0..PANEL {
+                        let integer = f32::from((words[r] >> (8 * c)) as u8) - offset;
+                        column[r] = integer * scales[r] + mins[r];
+                    }
                     f(4 * g + c, column);
                 }
             }
