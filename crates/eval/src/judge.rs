@@ -295,10 +295,11 @@ pub fn refusal_log_odds_gradient(logits: &[f32], openers: &[u32]) -> Vec<f32> {
         sum.max(f64::MIN_POSITIVE)
     };
     let (refusals, others) = (total(true), total(false));
-    let parts = weights.iter().zip(&inside);
-    parts
-        .map(|(w, inside)| if *inside { w / refusals } else { -w / others } as f32)
-        .collect()
+    let slope = |(w, inside): (&f64, &bool)| match inside {
+        true => (w / refusals) as f32,
+        false => (-w / others) as f32,
+    };
+    weights.iter().zip(&inside).map(slope).collect()
 }
 
 /// First tokens of refusals, given how a text is tokenised.

@@ -173,9 +173,8 @@ impl<'a> Pass<'a> {
         let (layer, n, spec) = (self.layer(half), self.n, &self.model.spec);
         let how = &spec.layers[half / 2];
         let h = self.normed(x, &layer.attn_norm);
-        let [q, k, v] = [&layer.q, &layer.k, &layer.v].map(|w| w.exact(&h, n));
+        let [mut q, mut k, v] = [&layer.q, &layer.k, &layer.v].map(|w| w.exact(&h, n));
         let raw = [q.clone(), k.clone()];
-        let [mut q, mut k] = [q, k];
         if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
             ops::rms_norm_in_place(&mut q, q_norm, spec.norm_eps, spec.norm_plus_one);
             ops::rms_norm_in_place(&mut k, k_norm, spec.norm_eps, spec.norm_plus_one);
