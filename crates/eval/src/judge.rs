@@ -275,6 +275,33 @@ pub fn refusal_log_odds(logits: &[f32], openers: &[u32]) -> f32 {
     (inside.max(f64::MIN_POSITIVE).ln() - outside.ln()) as f32
 }
 
+/// The gradient of [`refusal_log_odds`] with respect to the logits: the softmax among `openers`, less
+/// the softmax among all other tokens.
+///
+/// # Shapes
+/// `logits` and the result are `[d_vocab]`.
+pub fn refusal_log_odds_gradient(logits: &[f32], openers: &[u32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut inside = vec![false; logits.len()];
+    for &id in openers {
+        if let Some(inside) = inside.get_mut(id as usize) {
+            *inside = true;
+        }
+    }
+    let weights: Vec<f64> = logits.iter().map(|l| f64::from(l - max).exp()).collect();
+    let total = |side: bool| -> f64 {
+        let members = weights.iter().zip(&inside).filter(|(_, i)| **i == side);
+        let sum: f64 = members.map(|(w, _)| w).sum();
+        sum.max(f64::MIN_POSITIVE)
+    };
+    let (refusals, others) = (total(true), total(false));
+    let slope = |(w, inside): (&f64, &bool)| match inside {
+        true => (w / refusals) as f32,
+        false => (-w / others) as f32,
+    };
+    weights.iter().zip(&inside).map(slope).collect()
+}
+
 /// First tokens of refusals, given how a text is tokenised.
 pub fn opener_tokens(mut encode: impl FnMut(&str) -> Vec<u32>) -> Vec<u32> {
     let mut ids: Vec<u32> = [
@@ -379,5 +406,28 @@ mod tests {
         assert!(refusal_log_odds(&logits, &[2, 99]).abs() < 1e-6);
         assert!((refusal_log_odds(&logits, &[0]) - (0.2f32).ln()).abs() < 1e-6);
         assert!(refusal_log_odds(&[1000.0, -1000.0], &[0]).is_finite());
+    }
+
+    /// Central differences with a step of 0.01: rounding leaves 1e-5, the third derivative as much.
+    #[test]
+    fn the_gradient_of_log_odds_is_their_slope() {
+        let logits = [0.3f32, -1.0, 2.0, 0.7, 1.1];
+        let openers = [1, 4, 99];
+        let found = refusal_log_odds_gradient(&logits, &openers);
+        for (i, g) in found.iter().enumerate() {
+            let at = |h: f32| {
+                let mut moved = logits;
+                moved[i] += h;
+                refusal_log_odds(&moved, &openers)
+            };
+            let expected = (at(0.01) - at(-0.01)) / 0.02;
+            assert!(
+                (g - expected).abs() < 1e-4,
+                "at {i}: {g} against {expected}"
+            );
+        }
+        assert!(found.iter().sum::<f32>().abs() < 1e-6);
+        let far = refusal_log_odds_gradient(&[1000.0, -1000.0], &[1]);
+        assert!(far.iter().all(|g| g.is_finite()), "{far:?}");
     }
 }

@@ -24,6 +24,19 @@ pub enum FeatureError {
         /// What is needed of each.
         needed: usize,
     },
+    /// Attribution follows decoder rows at the site that was read.
+    #[error(
+        "a transcoder writes another site than it reads; attribution needs an SAE that reconstructs its site"
+    )]
+    Transcoder,
+    /// An SAE of another width than the model's residual stream.
+    #[error("the SAE reads rows of {sae} values, the model's residual stream has {model}")]
+    SaeWidth {
+        /// Width of what the SAE reads.
+        sae: usize,
+        /// Width of the residual stream.
+        model: usize,
+    },
     /// The consumer of a harvest asked to stop, for instance because it was interrupted.
     #[error("interrupted")]
     Interrupted,

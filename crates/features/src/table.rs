@@ -48,6 +48,9 @@ pub struct Evidence {
     /// Cosine of its decoder row with the difference of means, refused minus complied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cosine_refusal_direction: Option<f64>,
+    /// What it adds to the refusal log-odds of unsafe discovery prompts, by gradients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attribution: Option<AttributionEvidence>,
     /// What clamping it does, on validation prompts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub causal: Option<CausalEvidence>,
@@ -76,6 +79,35 @@ pub struct ContrastEvidence {
     /// Whether it is Wilcoxon's, of pairs; else Mann-Whitney's.
     #[serde(default)]
     pub paired: bool,
+}
+
+/// What a latent adds to the refusal log-odds at the first reply token; see
+/// [`attribution`](crate::attribution).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AttributionEvidence {
+    /// Prompts that were looked at.
+    pub prompts: usize,
+    /// Those in which it is active.
+    pub active: usize,
+    /// Mean over all prompts of the first-order estimate, nats; above 0 it is for refusal.
+    pub mean: f64,
+    /// p value of Wilcoxon's test over prompts, adjusted over all latents that are active in one
+    /// (Benjamini-Hochberg).
+    pub q: f64,
+    /// The integrated form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub integrated: Option<IntegratedEvidence>,
+}
+
+/// Integrated gradients, from no latent at all to those of the prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IntegratedEvidence {
+    /// Steps of the path.
+    pub steps: usize,
+    /// Mean over all prompts, nats.
+    pub mean: f64,
+    /// As of the first-order estimate.
+    pub q: f64,
 }
 
 /// What a clamp of this latent alone does.

@@ -12,6 +12,7 @@
 //! | [`attention`] | causal attention over ragged caches |
 //! | [`cache`] | keys and values, in f32 or rounded |
 //! | [`ops`] | norms, rotary embedding, activations, softmax, top-k |
+//! | [`backward`] | gradients of norms, activations and attention |
 //! | [`encoder`] | product and top-k of an autoencoder's encoder in one pass, bf16 or f32 |
 //! | [`element`] | rows of bf16 or f32, gathered and summed |
 //! | [`adam`] | the optimiser's step |
@@ -23,6 +24,7 @@
 
 pub mod adam;
 pub mod attention;
+pub mod backward;
 pub mod cache;
 pub mod dispatch;
 pub mod element;

@@ -5,8 +5,13 @@
 //! | Q4_0 ... Q8_0, Q2_K ... Q6_K | packed integers, activations in int8 blocks (see `packed.rs`) | dequantised to f32 |
 //! | F32, F16, BF16 | as in the file, widened in registers | f32 |
 //!
+//! A gradient needs the layer without the rounding of activations, and its transpose:
+//! [`Linear::forward_exact`] and [`Linear::backward`].
+//!
 //! In every case the sum over the inner dimension runs in the same order for any number of
 //! activation rows: a row's result has the same bits alone and in a batch.
+
+mod exact;
 
 use std::ops::Range;
 

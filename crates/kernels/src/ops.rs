@@ -3,7 +3,6 @@
 //! Bodies are plain Rust that vectorises; on x86-64 each is compiled again for AVX2 and AVX-512 and chosen
 //! by [`crate::dispatch`]. Nothing is fused or reordered, so all give the same bits.
 
-use crate::dispatch::{Isa, isa};
 use crate::pool;
 
 /// Below this many elements an operation runs on one thread.
@@ -16,6 +15,7 @@ macro_rules! dispatched {
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
+                use $crate::dispatch::{Isa, isa};
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 fn avx512($($arg: $ty),*) $(-> $ret)? {
                     $body($($arg),*)
@@ -36,6 +36,7 @@ macro_rules! dispatched {
         }
     };
 }
+pub(crate) use dispatched;
 
 /// `e^x` to within 2e-7 relative, without branches so that it vectorises: `2^n e^r` with
 /// `n = round(x / ln 2)` and the polynomial of Cephes' `expf` for `|r| <= ln 2 / 2`. Below -87.3 the
@@ -229,6 +230,17 @@ impl RopeTable {
     /// `x` is `[n, heads, d_head]` for the table's `n` positions; of each head the first
     /// `2 * inv_freq.len()` values are turned.
     pub fn apply(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle) {
+        self.turn(x, heads, d_head, style, false);
+    }
+
+    /// The transpose of [`Self::apply`], for gradients: the same turn the other way round, with the
+    /// same scale. Shapes as there.
+    pub fn apply_transposed(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle) {
+        self.turn(x, heads, d_head, style, true);
+    }
+
+    /// Turns each pair; the other way round if its values swap places.
+    fn turn(&self, x: &mut [f32], heads: usize, d_head: usize, style: RopeStyle, swap: bool) {
         let half = self.half;
         in_rows(x, heads * d_head, |i, row| {
             let at = i * half..(i + 1) * half;
@@ -237,11 +249,13 @@ impl RopeTable {
                 match style {
                     RopeStyle::Neox => {
                         let (a, b) = head[..2 * half].split_at_mut(half);
+                        let (a, b) = if swap { (b, a) } else { (a, b) };
                         rotate(a, b, cos, sin);
                     }
                     RopeStyle::Interleaved => {
                         let pairs = head[..2 * half].as_chunks_mut::<2>().0;
                         for ([a, b], (cos, sin)) in pairs.iter_mut().zip(cos.iter().zip(sin)) {
+                            let (a, b) = if swap { (b, a) } else { (a, b) };
                             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                         }
                     }

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use demur_features::table::Feature;
+use demur_features::table::{AttributionEvidence, Feature};
 
 use crate::cmd::report::read_record;
 
@@ -51,13 +51,17 @@ enum Sort {
     AurocHarmful,
     /// Cosine with the refusal direction.
     Cosine,
+    /// Attribution of the refusal log-odds, first order.
+    Attribution,
+    /// The same, integrated.
+    AttributionIntegrated,
 }
 
 impl Sort {
     /// The figure to sort by, the largest first.
     fn key(self, f: &Feature) -> Option<f64> {
         let e = &f.evidence;
-        let causal = e.causal.as_ref();
+        let (causal, attribution) = (e.causal.as_ref(), e.attribution.as_ref());
         match self {
             Self::Rank => Some(-(f.rank as f64)),
             Self::Logodds => causal.map(|c| c.refusal_logodds_delta_unsafe),
@@ -67,8 +71,16 @@ impl Sort {
             Self::AurocRefused => e.refused_vs_complied.as_ref().map(|c| c.auroc),
             Self::AurocHarmful => e.harmful_vs_lookalike.as_ref().map(|c| c.auroc),
             Self::Cosine => e.cosine_refusal_direction,
+            Self::Attribution => attribution.map(|a| a.mean),
+            Self::AttributionIntegrated => integrated(attribution),
         }
     }
+}
+
+fn integrated(attribution: Option<&AttributionEvidence>) -> Option<f64> {
+    attribution
+        .and_then(|a| a.integrated.as_ref())
+        .map(|i| i.mean)
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -97,7 +109,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     writeln!(
         out,
-        "rank  latent  chosen  d log-odds  KL benign  density  AUROC refused  harmful  cosine  promotes"
+        "rank  latent  chosen  d log-odds  KL benign  density  AUROC refused  harmful  cosine  attribution  integrated  promotes"
     )?;
     for f in &features {
         let e = &f.evidence;
@@ -109,7 +121,7 @@ pub fn run(args: Args) -> Result<()> {
             .collect();
         writeln!(
             out,
-            "{:>4}  {:>6}  {:^6}  {:>10}  {:>9}  {:>7}  {:>13}  {:>7}  {:>6}  {}",
+            "{:>4}  {:>6}  {:^6}  {:>10}  {:>9}  {:>7}  {:>13}  {:>7}  {:>6}  {:>11}  {:>10}  {}",
             f.rank,
             f.latent,
             if f.chosen { "yes" } else { "" },
@@ -119,6 +131,8 @@ pub fn run(args: Args) -> Result<()> {
             number(e.refused_vs_complied.as_ref().map(|c| c.auroc), 3),
             number(e.harmful_vs_lookalike.as_ref().map(|c| c.auroc), 3),
             number(e.cosine_refusal_direction, 2),
+            number(e.attribution.as_ref().map(|a| a.mean), 3),
+            number(integrated(e.attribution.as_ref()), 3),
             promotes.join(" ")
         )?;
     }

@@ -2,7 +2,8 @@
 //! places where it fires most, with the activation as the background of each token.
 
 use demur_features::table::{
-    CausalEvidence, ContrastEvidence, Evidence, Feature, TokenLogit, TopActivation,
+    AttributionEvidence, CausalEvidence, ContrastEvidence, Evidence, Feature, TokenLogit,
+    TopActivation,
 };
 use maud::{Markup, html};
 
@@ -98,12 +99,14 @@ fn evidence(f: &Feature) -> Markup {
         density,
         max_activation,
         cosine_refusal_direction,
+        attribution,
         causal,
     } = &f.evidence;
     html! {
         dl class="evidence" {
             div { dt { "Rank" } dd { (f.rank + 1) } }
             @if let Some(c) = causal { (caused(c)) }
+            @if let Some(a) = attribution { (attributed(a)) }
             @if let Some(c) = refused_vs_complied { (contrast("Refused / complied", c)) }
             @if let Some(c) = harmful_vs_lookalike { (contrast("Harmful / look-alike", c)) }
             @if let Some(r) = paper_recipe {
@@ -133,6 +136,21 @@ fn caused(c: &CausalEvidence) -> Markup {
         }
         @if let Some(kl) = c.kl_benign {
             div { dt { "KL on benign prompts" } dd { (figure(kl)) small { "nats" } } }
+        }
+    }
+}
+
+fn attributed(a: &AttributionEvidence) -> Markup {
+    html! {
+        div {
+            dt { "Attribution of the refusal log-odds" }
+            dd {
+                b { (change(a.mean, 3)) } small { "q = " (figure(a.q)) }
+                @if let Some(i) = &a.integrated {
+                    " " b { (change(i.mean, 3)) } small { "integrated over " (i.steps) " steps, q = " (figure(i.q)) }
+                }
+                small class="line" { "active in " (a.active) " of " (a.prompts) " unsafe prompts" }
+            }
         }
     }
 }
@@ -244,6 +262,29 @@ mod tests {
         assert_eq!(level(8.0, 4.0), 9);
         assert_eq!(level(f32::NAN, 4.0), 0);
         assert_eq!(level(1.0, f32::NAN), 0);
+    }
+
+    #[test]
+    fn an_attribution_is_shown_in_both_forms() {
+        use demur_features::table::IntegratedEvidence;
+        let mut a = AttributionEvidence {
+            prompts: 16,
+            active: 13,
+            mean: 0.2713,
+            q: 0.002,
+            integrated: None,
+        };
+        let plain = attributed(&a).into_string();
+        assert!(plain.contains("<b>+0.271</b>"), "{plain}");
+        assert!(plain.contains("13 of 16") && !plain.contains("integrated"));
+        a.integrated = Some(IntegratedEvidence {
+            steps: 8,
+            mean: -0.193,
+            q: 0.04,
+        });
+        let both = attributed(&a).into_string();
+        assert!(both.contains("<b>−0.193</b>"), "{both}");
+        assert!(both.contains("over 8 steps"), "{both}");
     }
 
     #[test]

@@ -56,6 +56,10 @@ pub fn sample_json() -> Value {
                 "paper_recipe": {"active_refusal_tokens": 5},
                 "harmful_vs_lookalike": contrast, "refused_vs_complied": contrast,
                 "density": 0.012, "max_activation": 14.2, "cosine_refusal_direction": 0.41,
+                "attribution": {
+                    "prompts": 16, "active": 13, "mean": 0.271, "q": 0.002,
+                    "integrated": {"steps": 8, "mean": -0.193, "q": 0.04},
+                },
                 "causal": {
                     "value": 1.5, "refusal_logodds_delta_unsafe": 4.2,
                     "refusal_logodds_delta_safe": 1.1, "kl_benign": 0.2,

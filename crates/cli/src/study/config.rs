@@ -29,6 +29,11 @@ pub const BUILT_IN: [(&str, &str); 4] = [
     ),
 ];
 
+/// Fewest prompts of an attribution: of fewer no test says anything.
+const MIN_ATTRIBUTION: usize = 4;
+/// Most steps of its integrated form.
+const MAX_STEPS: usize = 64;
+
 /// A whole study.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -273,8 +278,29 @@ pub struct DiscoveryConfig {
     pub clamp: f64,
     /// Validation prompts a label in the causal score.
     pub causal_prompts: usize,
+    /// What latents add to the refusal log-odds, by gradients; off by default.
+    #[serde(skip_serializing_if = "AttributionConfig::is_off")]
+    pub attribution: AttributionConfig,
     /// Latents in the report.
     pub report_features: usize,
+}
+
+/// How the refusal log-odds at the first reply token are attributed to latents.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttributionConfig {
+    /// Unsafe discovery prompts that are looked at, spread evenly over all; 0 turns it off.
+    pub prompts: usize,
+    /// Steps of the integrated form, beside the first-order one; 0 leaves it out. A prompt costs one
+    /// gradient and one more for each step.
+    pub steps: usize,
+}
+
+impl AttributionConfig {
+    /// Whether there is nothing to do.
+    pub fn is_off(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A way to find candidates.
@@ -287,6 +313,8 @@ pub enum Method {
     HarmfulVsLookalike,
     /// Requests refused against requests complied with.
     RefusedVsComplied,
+    /// Latents that add most to the refusal log-odds; needs `attribution`.
+    Attribution,
 }
 
 /// The clamp sweep.
@@ -469,6 +497,7 @@ impl Default for DiscoveryConfig {
             candidates: 24,
             clamp: 1.5,
             causal_prompts: 12,
+            attribution: AttributionConfig::default(),
             report_features: 12,
         }
     }
@@ -672,6 +701,28 @@ impl Study {
         if self.discovery.methods.is_empty() {
             bail!("discovery.methods: give at least one");
         }
+        let a = &d.attribution;
+        if (1..MIN_ATTRIBUTION).contains(&a.prompts) {
+            bail!(
+                "discovery.attribution.prompts = {}: give at least {MIN_ATTRIBUTION}, or 0 for none; fewer show nothing",
+                a.prompts
+            );
+        }
+        if a.steps > MAX_STEPS {
+            bail!(
+                "discovery.attribution.steps = {}: it must be at most {MAX_STEPS}",
+                a.steps
+            );
+        }
+        if a.prompts == 0 && a.steps > 0 {
+            bail!(
+                "discovery.attribution.steps = {}: give discovery.attribution.prompts as well",
+                a.steps
+            );
+        }
+        if a.prompts == 0 && d.methods.contains(&Method::Attribution) {
+            bail!("discovery.methods: \"attribution\" needs discovery.attribution.prompts");
+        }
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
         only_once("calibrate.damp", &self.calibrate.damp)?;
@@ -777,6 +828,14 @@ mod tests {
         refused("gate.sizes=[0]", "gate.sizes");
         refused("gate.l2=[0.0]", "gate.l2");
         refused("gate.recall=1.5", "gate.recall");
+        refused("discovery.attribution.prompts=2", "attribution.prompts");
+        refused("discovery.attribution.steps=4", "attribution.prompts");
+        refused("discovery.attribution={prompts=8, steps=65}", "at most 64");
+        refused("discovery.attribution.step=4", "step");
+        refused(
+            r#"discovery.methods=["attribution"]"#,
+            "attribution.prompts",
+        );
         refused("model.max_batch=0", "model.max_batch");
         refused("name=../evil", "name");
         refused("sae.site=layer.3", "sae.site");

@@ -3,7 +3,8 @@
 //! Base answers the discovery prompts. Over the tokens at which a refusal is decided (the template's
 //! last tokens and the first of the reply) latents are contrasted: harmful requests against their
 //! look-alikes, and refused against complied ones. The paper's recipe adds the latents that are
-//! active on two or more tokens of one refusal. The short list is clamped, one latent at a time, and
+//! active on two or more tokens of one refusal. Gradients say what each latent adds to the refusal
+//! log-odds. The short list is clamped, one latent at a time, and
 //! scored on *validation* prompts by the rise of the refusal log-odds at the first reply token.
 
 use std::collections::BTreeMap;
@@ -12,9 +13,10 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use demur_eval::arms::{self, Arm, Item};
-use demur_eval::judge::{Verdict, refusal_log_odds};
+use demur_eval::judge::{Verdict, refusal_log_odds, refusal_log_odds_gradient};
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
+use demur_features::attribution::{Attributions, attribute};
 use demur_features::causal::{last_logits, mean_kl, mean_rise};
 use demur_features::contrast::{Design, PromptSummary, contrast};
 use demur_features::harvest::{Products, Sequence, harvest};
@@ -111,6 +113,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
             .collect()
     };
     let n_unsafe = on_unsafe.len();
+    let attributions = attributions(c, sae, &items[..n_unsafe], &codes.rows)?;
     let mut evidence: BTreeMap<u32, Evidence> = BTreeMap::new();
     let mut short = Vec::new();
     let share = cfg.candidates.div_ceil(cfg.methods.len());
@@ -163,6 +166,12 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                 }
                 found.iter().map(|f| f.0).collect()
             }
+            Method::Attribution => {
+                let ranked = attributions.as_ref().map(Attributions::ranked);
+                let mut ranked = ranked.unwrap_or_default();
+                ranked.retain(|&j| stats.density[j as usize] <= cfg.max_density);
+                ranked
+            }
         };
         let fresh: Vec<u32> = ranked
             .into_iter()
@@ -187,6 +196,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
             e.density = Some(stats.density[latent as usize]);
             e.max_activation = Some(f64::from(stats.max_activation[latent as usize]));
             e.cosine_refusal_direction = Some(cosine(row, &direction));
+            e.attribution = attributions.as_ref().map(|a| a.of(latent));
             e.causal = Some(causal);
             let reported = rank < cfg.report_features;
             let (promotes, suppresses) = if reported {
@@ -221,6 +231,38 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         resid_norm,
         refusal_direction: direction,
     })
+}
+
+/// What latents add to the refusal log-odds of unsafe prompts, on the tokens that a clamp edits; `rows`
+/// are the residuals of each prompt and its reply.
+fn attributions(
+    c: &StudyContext,
+    sae: &Sae,
+    items: &[Item],
+    rows: &[Vec<f32>],
+) -> Result<Option<Attributions>> {
+    let cfg = &c.study.discovery.attribution;
+    if cfg.prompts == 0 {
+        return Ok(None);
+    }
+    let n = cfg.prompts.min(items.len());
+    let bar = Progress::new("discover", "attributions", n as u64);
+    let mut found = Vec::with_capacity(n);
+    for i in (0..n).map(|i| i * items.len() / n) {
+        let tokens = items[i].tokens.len();
+        found.push(attribute(
+            &c.loaded.model,
+            sae,
+            c.site,
+            &rows[i][..tokens * sae.d_model()],
+            1..tokens,
+            cfg.steps,
+            |logits| refusal_log_odds_gradient(logits, &c.openers),
+        )?);
+        bar.advance(1);
+    }
+    bar.finish();
+    Ok(Some(Attributions::new(&found, cfg.steps)))
 }
 
 /// Whether each unsafe prompt stands beside its own look-alike.

@@ -228,6 +228,34 @@ fn features_of_a_run() {
         .run(["features", "--run", "runs/tiny", &latent])
         .succeeded();
     assert!(one.stdout.contains(&format!("latent {latent}")), "{one:?}");
+    for shown in ["\"attribution\"", "\"prompts\": 4", "\"steps\": 2"] {
+        assert!(one.stdout.contains(shown), "{one:?}");
+    }
+    for (sort, key) in [
+        ("attribution", "/evidence/attribution/mean"),
+        (
+            "attribution-integrated",
+            "/evidence/attribution/integrated/mean",
+        ),
+    ] {
+        let list = place
+            .run(["features", "--run", "runs/tiny", "--sort", sort, "--json"])
+            .succeeded()
+            .json();
+        let features = list.as_array().unwrap().iter();
+        let figures = features.map(|f| f.pointer(key).unwrap().as_f64().unwrap());
+        let figures: Vec<f64> = figures.collect();
+        assert!(figures.is_sorted_by(|a, b| a >= b), "{sort}: {figures:?}");
+        assert!(figures[0] > 0.0, "{sort}: {figures:?}");
+    }
+    let table = place
+        .run(["features", "--run", "runs/tiny"])
+        .succeeded()
+        .stdout;
+    assert!(
+        table.lines().next().unwrap().contains("integrated"),
+        "{table}"
+    );
     place
         .run(["features", "--run", "runs/tiny", "4000000"])
         .refused(1, &["4000000"]);

@@ -129,7 +129,7 @@ pub fn ended(output: std::process::Output) -> Ended {
 }
 
 /// A study of all arms that takes a second or two. The model is random and refuses nothing, so that
-/// only the contrast of requests can find latents.
+/// only the contrast of requests and gradients can find latents.
 fn study() -> String {
     format!(
         r#"
@@ -151,10 +151,11 @@ batch = 128
 [prompts]
 file = "prompts.jsonl"
 [discovery]
-methods = ["harmful_vs_lookalike"]
+methods = ["harmful_vs_lookalike", "attribution"]
 reply_tokens = 4
 candidates = 4
 max_density = 0.9
+attribution = {{ prompts = 4, steps = 2 }}
 [tune]
 values = [0.5, 2.0]
 set_sizes = [1, 2]

@@ -319,3 +319,98 @@ fn bf16_products_match_the_reference() {
         }
     });
 }
+
+/// `a w` in f64 on the weights as they are in the file, added to `start`; beside each sum that of the
+/// terms' magnitudes, which is what rounding goes by.
+fn sums_of(a: &[f32], w: &[f32], outputs: usize, start: &[f32]) -> Vec<(f64, f64)> {
+    let inner = w.len() / outputs;
+    let mut sums: Vec<_> = start.iter().map(|v| (f64::from(*v), 1.0)).collect();
+    for (a, sums) in a.chunks_exact(inner).zip(sums.chunks_exact_mut(outputs)) {
+        for (a, w) in a.iter().zip(w.chunks_exact(outputs)) {
+            for ((sum, size), w) in sums.iter_mut().zip(w) {
+                let term = f64::from(*a) * f64::from(*w);
+                *sum += term;
+                *size += term.abs();
+            }
+        }
+    }
+    sums
+}
+
+/// The exact product and its transpose, over more than one task, more than one part of the inner
+/// dimension, and rests of both.
+#[test]
+fn exact_products_and_their_transpose_match_the_reference_for_every_type() {
+    #[track_caller]
+    fn near(what: &str, found: &[f32], expected: &[(f64, f64)]) {
+        for (i, (f, (e, size))) in found.iter().zip(expected).enumerate() {
+            let off = (f64::from(*f) - e).abs();
+            assert!(off <= 1e-6 * size, "{what} at {i}: {f} against {e}");
+        }
+    }
+    on_every_isa(|isa| {
+        for ty in ALL {
+            for (m, k, n) in [(1, 512, 1), (147, 1280, 3), (1100, 512, 13)] {
+                let what = format!("{} m {m} k {k} n {n} {isa:?}", ty.name());
+                let bytes = matrix(ty, m, k, 11 + m as u64);
+                let mut next = noise(17);
+                let mut some = |n: usize| -> Vec<f32> { (0..n).map(|_| next()).collect() };
+                let (x, dy, bias, before) = (some(n * k), some(n * m), some(m), some(n * k));
+                let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+                let mut w = vec![0.0; m * k];
+                dequantize_row(ty, &bytes, &mut w).unwrap();
+                let turned: Vec<f32> = (0..k * m).map(|i| w[i % m * k + i / m]).collect();
+
+                let mut y = vec![f32::NAN; n * m];
+                linear.forward_exact(&x, n, Some(&bias), &mut y);
+                near(&what, &y, &sums_of(&x, &turned, m, &bias.repeat(n)));
+                let mut dx = before.clone();
+                linear.backward(&dy, n, &mut dx);
+                near(&what, &dx, &sums_of(&dy, &w, k, &before));
+            }
+        }
+    });
+}
+
+/// The rows of the identity give the weights back, to the last bit those of the file.
+#[test]
+fn nothing_is_lost_in_packed_weights() {
+    let identity = |n: usize| -> Vec<f32> {
+        let one = |i: usize| if i / n == i % n { 1.0 } else { 0.0 };
+        (0..n * n).map(one).collect()
+    };
+    let (m, k) = (53, 768);
+    on_every_isa(|isa| {
+        for ty in ALL {
+            let bytes = matrix(ty, m, k, 23);
+            let mut w = vec![0.0; m * k];
+            dequantize_row(ty, &bytes, &mut w).unwrap();
+            let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+            let mut found = vec![0.0; m * k];
+            linear.backward(&identity(m), m, &mut found);
+            assert!(found == w, "{} {isa:?} backward", ty.name());
+            let mut turned = vec![0.0; k * m];
+            linear.forward_exact(&identity(k), k, None, &mut turned);
+            let same = (0..m * k).all(|i| turned[i % k * m + i / k] == w[i]);
+            assert!(same, "{} {isa:?} forward", ty.name());
+        }
+    });
+}
+
+/// What is not packed is multiplied as ever.
+#[test]
+fn the_exact_product_of_wide_weights_is_the_plain_one() {
+    let (m, k, n) = (19, 96, 5);
+    let mut next = noise(3);
+    let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
+    for ty in [GgmlType::F32, GgmlType::F16, GgmlType::BF16] {
+        let bytes = matrix(ty, m, k, 5);
+        let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
+        let (mut plain, mut exact) = (vec![0.0; n * m], vec![0.0; n * m]);
+        on_every_isa(|_| {
+            linear.forward(&x, n, None, &mut plain);
+            linear.forward_exact(&x, n, None, &mut exact);
+            assert_eq!(plain, exact, "{}", ty.name());
+        });
+    }
+}

@@ -37,6 +37,7 @@ mod activations;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod dequantise;
 mod gated;
 mod panel;
 #[cfg(target_arch = "x86_64")]

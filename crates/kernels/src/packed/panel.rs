@@ -159,18 +159,15 @@ fn expand_avx512(units: &[[u16; PANEL]], integers: &[[i8; PANEL]], sign: f32, ou
 
 #[inline(always)]
 fn unpack(w: &Packed, panel: usize, lines: &mut [Line], scales: &mut [Row], mins: &mut [Row]) {
-    unpack_integers(w, panel, lines);
+    unpack_integers(w.kind, w.lines(panel), lines);
     unpack_factors(w, panel, scales, mins, widen, expand);
 }
 
+/// The integers of some blocks, a byte each; none are asked for where `lines` is empty.
 #[inline(always)]
-fn unpack_integers(w: &Packed, panel: usize, lines: &mut [Line]) {
-    if lines.is_empty() {
-        return;
-    }
-    let packed = w.lines(panel);
+pub(super) fn unpack_integers(kind: Kind, packed: &[Line], lines: &mut [Line]) {
     let blocks = lines.chunks_exact_mut(8);
-    match w.kind {
+    match kind {
         Kind::Bits4 => blocks
             .zip(packed.chunks_exact(4))
             .for_each(|(out, packed)| nibbles(packed, out)),

@@ -165,14 +165,6 @@ impl Model {
         rope.apply(&mut ws.q, spec.n_heads, spec.d_head, spec.rope_style);
         rope.apply(&mut ws.k, spec.n_kv_heads, spec.d_head, spec.rope_style);
         resize(&mut ws.attended, n * q_row);
-        let shape = AttentionShape {
-            n_heads: spec.n_heads,
-            n_kv_heads: spec.n_kv_heads,
-            d_head: spec.d_head,
-            scale: spec.attn_scale,
-            window: how.window,
-            softcap: spec.attn_softcap,
-        };
         let mut tasks = Vec::with_capacity(seqs.len());
         let (mut q, mut k, mut v) = (&ws.q[..], &ws.k[..], &ws.v[..]);
         let mut out = &mut ws.attended[..];
@@ -194,9 +186,22 @@ impl Model {
                 out: mine,
             });
         }
-        attention(&shape, &mut tasks);
+        attention(&self.attention_shape(how), &mut tasks);
         forward_all(&ws.attended, n, ws.products, [layer.o.output(&mut ws.h)]);
         self.add_branch(ws, layer.post_attn_norm.as_deref());
+    }
+
+    /// How a layer attends.
+    pub(super) fn attention_shape(&self, how: &LayerSpec) -> AttentionShape {
+        let spec = &self.spec;
+        AttentionShape {
+            n_heads: spec.n_heads,
+            n_kv_heads: spec.n_kv_heads,
+            d_head: spec.d_head,
+            scale: spec.attn_scale,
+            window: how.window,
+            softcap: spec.attn_softcap,
+        }
     }
 
     /// The MLP half of a block: reads and writes `ws.x`.
@@ -210,7 +215,7 @@ impl Model {
         self.add_branch(ws, layer.post_mlp_norm.as_deref());
     }
 
-    fn norm(&self, x: &[f32], w: &[f32], out: &mut [f32]) {
+    pub(super) fn norm(&self, x: &[f32], w: &[f32], out: &mut [f32]) {
         ops::rms_norm(x, w, self.spec.norm_eps, self.spec.norm_plus_one, out);
     }
 

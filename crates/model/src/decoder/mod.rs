@@ -18,7 +18,9 @@
 //! | `batch.rs` | what goes in and comes out: sequences, caches, captures, logits |
 //! | `weights.rs` | from tensors to packed weights |
 //! | `forward.rs` | the pass |
+//! | `backward.rs` | the gradient of the last token's logits with respect to the residual at a site |
 
+mod backward;
 mod batch;
 mod forward;
 mod weights;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 use demur_kernels::cache::{CacheFormat, CacheRows};
 use demur_kernels::linear::Precision;
 
+pub use self::backward::Gradient;
 pub use self::batch::{Capture, KvCache, Logits, LogitsAt, SeqInput, Workspace};
 use self::weights::Weights;
 use crate::checkpoint::Checkpoint;

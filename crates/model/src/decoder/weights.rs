@@ -27,6 +27,19 @@ impl Biased {
             y,
         }
     }
+
+    /// Its output for the rows `x`, `[n, in_features]`, in f32.
+    pub(super) fn exact(&self, x: &[f32], n: usize) -> Vec<f32> {
+        let mut y = vec![0.0; n * self.linear.out_features()];
+        self.linear
+            .forward_exact(x, n, self.bias.as_deref(), &mut y);
+        y
+    }
+
+    /// Adds to `dx` what `dy`, the gradient of its output, is in terms of its input.
+    pub(super) fn backward(&self, dy: &[f32], n: usize, dx: &mut [f32]) {
+        self.linear.backward(dy, n, dx);
+    }
 }
 
 impl Layer {

@@ -3,6 +3,7 @@
 mod batching;
 mod generation;
 mod golden;
+mod gradients;
 mod hostile;
 mod parity;
 mod scoring;
