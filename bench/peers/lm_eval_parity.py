@@ -1,13 +1,14 @@
 """demur's capability suites beside EleutherAI's lm-evaluation-harness, item by item.
 
     python lm_eval_parity.py --primer DATA      # writes DATA/truthfulqa_primer.txt, which demur needs
-    demur eval arc_easy --limit 500 --data DATA --out runs/parity-arc_easy
+    demur eval arc_easy --limit 500 --pick first --data DATA --out runs/parity-arc_easy
     python lm_eval_parity.py MODEL.gguf --data DATA --run runs/parity-arc_easy -o parity-arc_easy.json
 
 reads the answers of demur runs (their arms `base`), asks the same items of `lm_eval` with
 `transformers` on the same weights, dequantised to f32, and counts the items on which both make the
 same choice (choices by log-likelihood) or get the same marks (`exact_match`, written answers). The
 tasks are lm_eval's own YAML files; only the source of the rows is replaced, by the files in DATA.
+`gsm8k` needs `--pick first`: the examples of an item there depend on how many came before it.
 Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
 
 Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginnings that

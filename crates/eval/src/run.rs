@@ -405,7 +405,8 @@ impl Asker<'_> {
         Ok(())
     }
 
-    /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine.
+    /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine, and
+    /// attackers, judges and scorers of all are asked at once.
     fn attack(
         &self,
         todo: &[(usize, usize)],
@@ -428,15 +429,19 @@ impl Asker<'_> {
                 }
             }
             while !open.is_empty() {
+                let asked = at_once(&mut open, |(_, _, attack)| attack.next(crescendo));
                 let mut requests = Vec::with_capacity(open.len());
-                for (arm, _, attack) in &mut open {
-                    let messages = attack.next(crescendo)?;
-                    requests.push(self.turn(&messages, &arms[*arm])?);
+                for (messages, (arm, ..)) in asked.into_iter().zip(&open) {
+                    requests.push(self.turn(&messages?, &arms[*arm])?);
                 }
                 let outputs = engine.run(requests, |_, _| {})?;
+                let mut replied: Vec<_> = open.into_iter().zip(outputs).collect();
+                let over = at_once(&mut replied, |((_, _, attack), output)| {
+                    attack.take(std::mem::take(&mut output.text), &self.judges, crescendo)
+                });
                 let mut left = Vec::new();
-                for ((arm, at, mut attack), output) in open.into_iter().zip(outputs) {
-                    if !attack.take(output.text, &self.judges, crescendo) {
+                for (((arm, at, attack), _), over) in replied.into_iter().zip(over) {
+                    if !over {
                         left.push((arm, at, attack));
                         continue;
                     }
@@ -582,6 +587,17 @@ impl Asker<'_> {
     }
 }
 
+/// What `ask` gives for each, all asked at once: who is asked over a network is waited for, and a model
+/// on this machine takes one after the other.
+fn at_once<T: Send, R: Send>(all: &mut [T], ask: impl Fn(&mut T) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = all.iter_mut().map(|one| scope.spawn(|| ask(one))).collect();
+        let told = asked.into_iter().map(std::thread::ScopedJoinHandle::join);
+        told.map(|r| r.unwrap_or_else(|p| std::panic::resume_unwind(p)))
+            .collect()
+    })
+}
+
 /// The first of the largest.
 fn largest(values: &[f64]) -> usize {
     let best = |b: usize, i: usize| if values[i] > values[b] { i } else { b };
@@ -646,6 +662,21 @@ mod tests {
         let logprobs = [0.5f64.ln(), 0.25f64.ln(), 0.125f64.ln()];
         let mc2 = marks(Gold::First(2), &choices, &logprobs)["mc2"];
         assert!((mc2 - 6.0 / 7.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn all_are_asked_before_the_first_has_told() {
+        use std::sync::{Condvar, Mutex};
+        let (asked, changed) = (Mutex::new(0), Condvar::new());
+        let told = at_once(&mut [1, 2, 3], |n: &mut usize| {
+            let mut count = asked.lock().unwrap();
+            *count += 1;
+            changed.notify_all();
+            let patience = std::time::Duration::from_secs(20);
+            let wait = changed.wait_timeout_while(count, patience, |c| *c < 3);
+            (*n, wait.unwrap().1.timed_out())
+        });
+        assert_eq!(told, [(1, false), (2, false), (3, false)]);
     }
 
     #[test]
