@@ -8,29 +8,30 @@
 //! | file | suites |
 //! | --- | --- |
 //! | `choices.rs` | `mmlu`, `arc_easy`, `arc_challenge`, `truthfulqa_mc1`, `truthfulqa_mc2` |
-//! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot` |
+//! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot`, `gsm8k_cot_train` |
 //! | `ifeval.rs` | `ifeval` |
 //! | `safety.rs` | `xstest` and the sets of harmful requests; any file of prompts; scripted conversations; goals of attacks |
-//! | `pick.rs` | which items a limit takes |
+//! | `find.rs`, `pick.rs` | where a suite's files are; which items a limit takes |
 //! | here | `text`: KL against base and perplexity on the passages that demur ships |
 
 mod choices;
+mod find;
 mod gsm8k;
 mod ifeval;
 mod pick;
 mod python_random;
 pub mod safety;
 
+pub use find::spelled;
 pub use pick::Pick;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
 use crate::error::EvalError;
 use crate::prompts::{Label, Passage, Split, shipped_passages};
-use crate::rows::{FORMATS, is_there};
 
 /// One question.
 #[derive(Debug, Clone, PartialEq)]
@@ -244,7 +245,14 @@ pub const SUITES: &[Suite] = &[
     },
     Suite {
         name: "gsm8k_cot",
-        title: "word problems, 8-shot with reasoning; examples are the first eight training items",
+        title: "word problems, 8-shot with reasoning, the harness's examples",
+        metrics: &["exact_match", "exact_match_flexible"],
+        files: &[GSM8K[0], &["gsm8k_cot_examples.jsonl"]],
+        hub: hub("openai/gsm8k", &["main/test-*.parquet"]),
+    },
+    Suite {
+        name: "gsm8k_cot_train",
+        title: "the same, but the examples are the first eight training items",
         metrics: &["exact_match", "exact_match_flexible"],
         files: GSM8K,
         hub: GSM8K_HUB,
@@ -378,66 +386,6 @@ pub fn suite(name: &str) -> Result<&'static Suite, EvalError> {
 }
 
 impl Suite {
-    /// Where the file of a group may be in a folder: there, or in one named as the Hub's repository.
-    fn places(&self, group: usize, folder: &Path) -> Vec<PathBuf> {
-        let mut roots = vec![folder.to_owned()];
-        let mut names: Vec<String> = Vec::new();
-        for name in self.files[group] {
-            match name.strip_suffix('/') {
-                Some(folder) => names.push(folder.to_owned()),
-                None if name.contains('.') => names.push((*name).to_owned()),
-                None => {
-                    names.extend(FORMATS.iter().map(|format| format!("{name}{format}")));
-                    names.push((*name).to_owned());
-                }
-            }
-        }
-        if let Some(hub) = self.hub {
-            names.extend(hub.files.get(group).map(|f| (*f).to_owned()));
-            let short = hub.repo.rsplit('/').next().unwrap_or(hub.repo);
-            roots.extend([hub.repo, short].map(|r| folder.join(r)));
-        }
-        let all = |root: &PathBuf| names.iter().map(|n| root.join(n)).collect::<Vec<_>>();
-        roots.iter().flat_map(all).collect()
-    }
-
-    fn find(&self, group: usize, data: &[PathBuf]) -> Option<PathBuf> {
-        let mut places = data.iter().flat_map(|folder| self.places(group, folder));
-        places.find(|p| is_there(p))
-    }
-
-    /// Names of a file that it needs and that is in none of the folders `data`.
-    pub fn absent(&self, data: &[PathBuf]) -> Option<&'static [&'static str]> {
-        let group = (0..self.files.len()).find(|g| self.find(*g, data).is_none())?;
-        Some(self.files[group])
-    }
-
-    /// Its files in the folders `data`, one of each group; the first folder that has it counts.
-    ///
-    /// # Errors
-    /// [`EvalError::NoData`] naming what was looked for, [`EvalError::Primer`].
-    pub fn paths(&self, data: &[PathBuf]) -> Result<Vec<PathBuf>, EvalError> {
-        let folders = || {
-            let all: Vec<String> = data.iter().map(|d| d.display().to_string()).collect();
-            all.join(", ")
-        };
-        let none = |group: usize| match self.files[group] {
-            [PRIMER] => EvalError::Primer {
-                path: PRIMER.to_owned(),
-                need: choices::PRIMED,
-                reason: format!("is not in {}", folders()),
-            },
-            names => EvalError::NoData {
-                suite: self.name.to_owned(),
-                folder: folders(),
-                names: spelled(names),
-                hub: self.hub.map(|h| h.repo),
-            },
-        };
-        let one = |group| self.find(group, data).ok_or_else(|| none(group));
-        (0..self.files.len()).map(one).collect()
-    }
-
     /// Its items; [`Pick`] takes some of them.
     ///
     /// # Errors
@@ -452,6 +400,7 @@ impl Suite {
             "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &paths[1], true)?,
             "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1])?,
             "gsm8k_cot" => gsm8k::gsm8k_cot(&paths[0], &paths[1])?,
+            "gsm8k_cot_train" => gsm8k::gsm8k_cot_train(&paths[0], &paths[1])?,
             "ifeval" => ifeval::ifeval(&paths[0])?,
             "text" => text()?,
             "crescendo" => safety::goals(self.name, &paths[0])?,
@@ -461,15 +410,6 @@ impl Suite {
         unique(&items)?;
         Ok(items)
     }
-}
-
-/// Names as a message has them.
-pub fn spelled(names: &[&str]) -> String {
-    let one = |name: &&str| match name.contains(['.', '/']) {
-        true => (*name).to_owned(),
-        false => format!("{name} ({})", FORMATS.join(" ")),
-    };
-    names.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 /// The shipped passages of the test split.

@@ -1,5 +1,7 @@
 //! Where suites find their files, and the layouts that the Hub has.
 
+use std::path::Path;
+
 use super::*;
 
 /// A folder with files of `testdata/parquet` under other names.
@@ -131,7 +133,44 @@ fn the_other_sets_as_the_hub_has_them() {
     );
 
     assert_eq!(load(&place, "gsm8k").unwrap().len(), 9);
-    assert_eq!(load(&place, "gsm8k_cot").unwrap().len(), 9);
+    let asked = |suite: &str| match load(&place, suite).unwrap().remove(8).ask {
+        Ask::Write { prompt, .. } => prompt,
+        _ => panic!(),
+    };
+    let prompt = asked("gsm8k_cot_train");
+    let begin = "Q: What are 0 and 1?\nA: 0 + 1 = 1 The answer is 1.\n\nQ: What are 1 and 1?\n";
+    assert!(prompt.starts_with(begin), "{prompt}");
+    let e = load(&place, "gsm8k_cot").unwrap_err().to_string();
+    assert!(
+        e.contains("gsm8k_cot_examples.jsonl") && !e.contains("fetch"),
+        "{e}"
+    );
+    let examples = |n: usize| -> String {
+        (0..n)
+            .map(|i| format!("{{\"question\": \"{i}?\", \"target\": \"The answer is {i}.\"}}\n"))
+            .collect()
+    };
+    put(&place, "gsm8k_cot_examples.jsonl", examples(7).as_bytes());
+    let e = load(&place, "gsm8k_cot").unwrap_err();
+    assert!(
+        matches!(
+            e,
+            EvalError::Shots {
+                have: 7,
+                need: 8,
+                ..
+            }
+        ),
+        "{e}"
+    );
+    put(&place, "gsm8k_cot_examples.jsonl", examples(9).as_bytes());
+    let prompt = asked("gsm8k_cot");
+    assert!(
+        prompt.starts_with("Q: 0?\nA: The answer is 0.\n\nQ: 1?\n"),
+        "{prompt}"
+    );
+    let end = "Q: 7?\nA: The answer is 7.\n\nQ: What are 8 and 1?\nA:";
+    assert!(prompt.ends_with(end), "{prompt}");
 
     let items = load(&place, "wildguardtest").unwrap();
     let labels: Vec<Option<Label>> = items
