@@ -355,7 +355,7 @@ impl Asker<'_> {
             };
             let logprobs: Vec<f64> = scored.scores.iter().map(|s| s.logprob).collect();
             let mut answer = book.blank(arm, at);
-            answer.metrics = marks(*gold, choices, &logprobs);
+            answer.metrics = marks(gold, choices, &logprobs);
             answer.choice = Some(largest(&logprobs));
             answer.logprobs = logprobs;
             book.enter(arm, answer);
@@ -605,7 +605,7 @@ fn largest(values: &[f64]) -> usize {
 }
 
 /// Metrics of choices from their log-likelihoods.
-fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f64> {
+fn marks(gold: &Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f64> {
     let mut metrics = BTreeMap::new();
     match gold {
         Gold::One {
@@ -613,9 +613,9 @@ fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f
             metric,
             norm,
         } => {
-            let right = |values: &[f64]| f64::from(u8::from(largest(values) == index));
-            metrics.insert(metric.to_owned(), right(logprobs));
-            if norm {
+            let right = |values: &[f64]| f64::from(u8::from(largest(values) == *index));
+            metrics.insert((*metric).to_owned(), right(logprobs));
+            if *norm {
                 let by_length: Vec<f64> = logprobs
                     .iter()
                     .zip(choices)
@@ -624,10 +624,11 @@ fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f
                 metrics.insert("acc_norm".to_owned(), right(&by_length));
             }
         }
-        Gold::First(n) => {
+        Gold::True(truths) => {
             let most = logprobs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let p: Vec<f64> = logprobs.iter().map(|l| (l - most).exp()).collect();
-            let share = p[..n].iter().sum::<f64>() / p.iter().sum::<f64>();
+            let true_ones = p.iter().zip(truths).filter(|(_, t)| **t).map(|(p, _)| p);
+            let share = true_ones.sum::<f64>() / p.iter().sum::<f64>();
             metrics.insert("mc2".to_owned(), share);
         }
     }
@@ -653,15 +654,16 @@ mod tests {
         };
         // By likelihood the first; by characters -2, -0.75, -1.25: the second.
         let logprobs = [-2.0, -3.0, -2.5];
-        let m = marks(one(0), &choices, &logprobs);
+        let m = marks(&one(0), &choices, &logprobs);
         assert_eq!((m["acc"], m["acc_norm"]), (1.0, 0.0));
-        let m = marks(one(1), &choices, &logprobs);
+        let m = marks(&one(1), &choices, &logprobs);
         assert_eq!((m["acc"], m["acc_norm"]), (0.0, 1.0));
         assert_eq!(largest(&[-1.0, -1.0]), 0);
-        // (1/2 + 1/4) / (1/2 + 1/4 + 1/8)
+        // (1/2 + 1/8) / (1/2 + 1/4 + 1/8)
         let logprobs = [0.5f64.ln(), 0.25f64.ln(), 0.125f64.ln()];
-        let mc2 = marks(Gold::First(2), &choices, &logprobs)["mc2"];
-        assert!((mc2 - 6.0 / 7.0).abs() < 1e-12);
+        let truths = Gold::True(vec![true, false, true]);
+        let mc2 = marks(&truths, &choices, &logprobs)["mc2"];
+        assert!((mc2 - 5.0 / 7.0).abs() < 1e-12);
     }
 
     #[test]

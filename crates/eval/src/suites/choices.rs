@@ -310,13 +310,14 @@ pub fn truthfulqa(path: &Path, primed: &Path, second: bool) -> Result<Vec<Item>,
     };
     let one = |(i, row): (usize, &Row)| {
         let (choices, labels) = targets(row, names, row.object(names)?)?;
-        let truths = labels.iter().take_while(|l| **l).count();
-        if truths == 0 || labels[truths..].contains(&true) || (!second && truths != 1) {
-            let reason = "must have its true answers first, and mc1 just one";
-            return Err(row.wrong(names[0], reason));
+        // The set's first answers are true; where labels were swapped they are not.
+        if labels.first() != Some(&true) {
+            return Err(row.wrong(names[0], "must begin with a true answer"));
         }
         let gold = if second {
-            Gold::First(truths)
+            Gold::True(labels)
+        } else if labels[1..].contains(&true) {
+            return Err(row.wrong(names[0], "has more than one true answer"));
         } else {
             Gold::One {
                 index: 0,
@@ -469,12 +470,19 @@ mod tests {
         else {
             panic!()
         };
-        assert_eq!((choices.len(), *gold), (3, Gold::First(2)));
+        assert_eq!(choices.len(), 3);
+        assert_eq!(*gold, Gold::True(vec![true, true, false]));
         assert!(context.starts_with("Q: 0?\nA: 0.\n\nQ: 1?\n"), "{context}");
         assert!(
             context.ends_with("\n\nQ: 5?\nA: 5.\n\nQ: Why?\nA:"),
             "{context}"
         );
+        // Two questions of the set have a true answer after a false one.
+        let late = write(r#"{"question": "Why?", "mc2": {"yes": 1, "no": 0, "so": 1}}"#).unwrap();
+        let Ask::Choose { gold, .. } = &late[0].ask else {
+            panic!()
+        };
+        assert_eq!(*gold, Gold::True(vec![true, false, true]));
         let listed = r#"{"prompt": "Why?", "mc2": {"choices": ["a", "b"], "labels": [1, 0]}}"#;
         assert_eq!(write(listed).unwrap().len(), 1);
         for bad in [

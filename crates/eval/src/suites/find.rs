@@ -6,13 +6,17 @@ use super::{PRIMER, Suite, choices};
 use crate::error::EvalError;
 use crate::rows::{FORMATS, is_there};
 
-/// Names as a message has them.
+/// Names as a message has them, with the formats behind those that may have any.
 pub fn spelled(names: &[&str]) -> String {
-    let one = |name: &&str| match name.contains(['.', '/']) {
-        true => (*name).to_owned(),
-        false => format!("{name} ({})", FORMATS.join(" ")),
-    };
-    names.iter().map(one).collect::<Vec<_>>().join(", ")
+    let (mut all, whole): (Vec<&str>, Vec<&str>) = names
+        .iter()
+        .copied()
+        .partition(|n: &&str| !n.contains(['.', '/']));
+    let formats = format!("({})", FORMATS.join(" "));
+    let last = all.pop().map(|last| format!("{last} {formats}"));
+    all.extend(last.as_deref());
+    all.extend(whole);
+    all.join(", ")
 }
 
 impl Suite {

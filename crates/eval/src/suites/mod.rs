@@ -104,7 +104,7 @@ pub enum Ask {
 }
 
 /// What is right among choices.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Gold {
     /// The choice with this index; `acc`, and if `norm` is set `acc_norm`: by log-likelihood over the
     /// number of characters.
@@ -116,8 +116,8 @@ pub enum Gold {
         /// Give `acc_norm` too.
         norm: bool,
     },
-    /// The first so many choices: the metric `mc2` is their share of the probability.
-    First(usize),
+    /// Which choices are true: the metric `mc2` is their share of the probability.
+    True(Vec<bool>),
 }
 
 /// How a written text is marked.

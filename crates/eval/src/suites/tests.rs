@@ -101,7 +101,7 @@ fn the_other_sets_as_the_hub_has_them() {
     ]);
     let items = load(&place, "arc_easy").unwrap();
     let of = |item: &Item| match &item.ask {
-        Ask::Choose { choices, gold, .. } => (choices.clone(), *gold),
+        Ask::Choose { choices, gold, .. } => (choices.clone(), gold.clone()),
         _ => panic!(),
     };
     let (choices, gold) = of(&items[0]);
@@ -125,7 +125,7 @@ fn the_other_sets_as_the_hub_has_them() {
     put(&place, PRIMER, pairs.join("\n").as_bytes());
     assert_eq!(
         of(&load(&place, "truthfulqa_mc2").unwrap()[0]).1,
-        Gold::First(2)
+        Gold::True(vec![true, true, false])
     );
     assert_eq!(
         of(&load(&place, "truthfulqa_mc1").unwrap()[0]).0,
@@ -221,6 +221,10 @@ fn files_are_found_by_name_in_any_format_or_folder() {
     let items = known.load(&[b, a.clone()]).unwrap();
     let ids: Vec<&str> = items.iter().map(|i| i.id.as_str()).collect();
     assert_eq!(ids, ["wildguardtest-0", "wildguardtest-1"]);
+    assert_eq!(
+        find::spelled(&["a", "b", "c.csv"]),
+        "a, b (.jsonl .jsonl.gz .csv .csv.gz .json .json.gz .parquet), c.csv"
+    );
     // An empty folder is none.
     std::fs::create_dir(a.join("xstest")).unwrap();
     let xstest = suite("xstest").unwrap();
