@@ -1,13 +1,14 @@
 """demur's capability suites beside EleutherAI's lm-evaluation-harness, item by item.
 
-    python lm_eval_parity.py --primer DATA      # writes DATA/truthfulqa_primer.txt, which demur needs
-    demur eval arc_easy --limit 500 --data DATA --out runs/parity-arc_easy
+    python lm_eval_parity.py --primer DATA      # examples of TruthfulQA and gsm8k_cot, which demur needs
+    demur eval arc_easy --limit 500 --pick first --data DATA --out runs/parity-arc_easy
     python lm_eval_parity.py MODEL.gguf --data DATA --run runs/parity-arc_easy -o parity-arc_easy.json
 
 reads the answers of demur runs (their arms `base`), asks the same items of `lm_eval` with
 `transformers` on the same weights, dequantised to f32, and counts the items on which both make the
 same choice (choices by log-likelihood) or get the same marks (`exact_match`, written answers). The
 tasks are lm_eval's own YAML files; only the source of the rows is replaced, by the files in DATA.
+`gsm8k` needs `--pick first`: the examples of an item there depend on how many came before it.
 Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
 
 Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginnings that
@@ -125,6 +126,10 @@ def tasks(suite, data, folder, wanted):
                       for r in rows(data, "gsm8k_train.jsonl.gz", "gsm8k_train.jsonl")],
         }
         yield task(TASKS / "gsm8k" / "gsm8k.yaml", folder, splits, suite)
+    elif suite == "gsm8k_cot":
+        asked = [{"id": r["id"], "question": r["prompt"], "answer": r["answer"]}
+                 for r in rows(data, "gsm8k_test.jsonl", "gsm8k_test.jsonl.gz") if r["id"] in wanted]
+        yield task(TASKS / "gsm8k" / "gsm8k-cot.yaml", folder, {"test": asked}, suite)
     else:
         raise SystemExit(f"{suite} has no counterpart in lm_eval")
 
@@ -208,10 +213,13 @@ def load(path, batch):
 
 
 def primer(data):
-    """The answered questions before each of TruthfulQA, as lm_eval's task has them."""
+    """The answered questions before each of TruthfulQA and of `gsm8k_cot`, as lm_eval's tasks have them."""
     text = config(TASKS / "truthfulqa" / "truthfulqa_mc1.yaml")["doc_to_text"]
     before, _ = jinja2.Template(text).render(question="QUESTION").split("Q: QUESTION")
     (data / "truthfulqa_primer.txt").write_text(before.strip() + "\n", encoding="utf-8")
+    examples = config(TASKS / "gsm8k" / "gsm8k-cot.yaml")["fewshot_config"]["samples"]
+    lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples)
+    (data / "gsm8k_cot_examples.jsonl").write_text(lines, encoding="utf-8")
 
 
 def ask(lm, suite, data, asked):
@@ -260,7 +268,7 @@ def compare(suite, answers, theirs):
         if suite == "ifeval":
             marks = samples[0]
             same += all(abs(marks[m] - answer["metrics"][m]) < 1e-9 for m in metrics)
-        elif suite == "gsm8k":
+        elif suite in ("gsm8k", "gsm8k_cot"):
             name = {"strict-match": "exact_match", "flexible-extract": "exact_match_flexible"}
             marks = {name[s["filter"]]: s["exact_match"] for s in samples}
             same += marks == answer["metrics"]
@@ -286,7 +294,7 @@ def compare(suite, answers, theirs):
 def main():
     args = argparse.ArgumentParser()
     args.add_argument("model", type=Path, nargs="?")
-    args.add_argument("--primer", type=Path, metavar="DATA", help="write TruthfulQA's answered questions there, and end")
+    args.add_argument("--primer", type=Path, metavar="DATA", help="write the tasks' own examples there, and end")
     args.add_argument("--data", type=Path)
     args.add_argument("--run", type=Path, action="append", default=[], help="folder of `demur eval ... --out`")
     args.add_argument("--limit", type=int, help="only the first so many items of a run")

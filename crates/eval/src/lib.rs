@@ -14,6 +14,7 @@ pub mod files;
 pub mod folder;
 pub mod judge;
 pub mod leak;
+mod parquet;
 pub mod prompts;
 pub mod record;
 pub mod results;

@@ -436,19 +436,14 @@ pub(crate) mod tests {
 
     pub(crate) fn settings(arms: &[&str], items: usize) -> Settings {
         Settings {
-            demur: String::new(),
             model: "m".to_owned(),
-            model_sha256: String::new(),
             precision: "fast".to_owned(),
             suites: vec!["s".to_owned()],
-            limit: 0,
-            wrap: None,
             judges: vec!["opener".to_owned(), "rules".to_owned()],
             max_new_tokens: 8,
-            seed: 0,
             arms: arms.iter().map(|a| ((*a).to_owned(), None)).collect(),
             items,
-            items_sha256: String::new(),
+            ..Settings::default()
         }
     }
 

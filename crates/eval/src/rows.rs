@@ -1,16 +1,18 @@
-//! Rows of other people's data files: JSONL, a JSON array, or CSV, each plain or gzipped.
+//! Rows of other people's data files: Parquet, JSONL, a JSON array, or CSV, the last three plain or
+//! gzipped; one file, a folder of them, or the parts of one.
 //!
 //! A row knows where it stands, so that whatever is wrong with it is told by file, line and field.
 //! Data sets name the same thing differently; a field is asked for by all of its names.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use crate::error::EvalError;
 use crate::files::{Lines, open};
+use crate::parquet;
 
 /// Largest file, unpacked.
 const MAX_BYTES: u64 = 1 << 30;
@@ -38,6 +40,11 @@ impl Row {
     pub fn find(&self, names: &[&str]) -> Option<&Value> {
         let mut found = names.iter().filter_map(|n| self.fields.get(*n));
         found.find(|v| !v.is_null())
+    }
+
+    /// Whether there is a field called `name`, if only with nothing in it.
+    pub fn has(&self, name: &str) -> bool {
+        self.fields.contains_key(name)
     }
 
     fn get(&self, names: &[&str]) -> Result<&Value, EvalError> {
@@ -135,15 +142,93 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Reads a file by its extension: `.csv` with a line of names, `.json` with a list of objects, else
-/// JSONL; `.gz` after any.
+/// Ends of the names of files that are read.
+pub const FORMATS: [&str; 7] = [
+    ".jsonl",
+    ".jsonl.gz",
+    ".csv",
+    ".csv.gz",
+    ".json",
+    ".json.gz",
+    ".parquet",
+];
+
+/// Whether there is something at `path`, in whose name `*` stands for the number of a part.
+pub fn is_there(path: &Path) -> bool {
+    match parts(path) {
+        Ok(files) => files.iter().all(|f| f.is_file()),
+        // Some of it is; reading tells what is missing.
+        Err(e) => matches!(e, EvalError::Parts { .. }),
+    }
+}
+
+/// The files behind a path, in the order of their names: itself; those of a folder; those whose names
+/// are that of the path, with something for its `*`.
+fn parts(path: &Path) -> Result<Vec<PathBuf>, EvalError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let (folder, begin, end) = match name.split_once('*') {
+        _ if path.is_dir() => (path, "", ""),
+        Some((begin, end)) if !path.exists() => {
+            (path.parent().unwrap_or(Path::new("")), begin, end)
+        }
+        _ => return Ok(vec![path.to_owned()]),
+    };
+    let io = |source| EvalError::Io {
+        path: folder.display().to_string(),
+        source,
+    };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let fits = name.len() >= begin.len() + end.len()
+            && name.starts_with(begin)
+            && name.ends_with(end)
+            && FORMATS.iter().any(|f| name.ends_with(f));
+        if fits && entry.path().is_file() {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    let Some(first) = found.first() else {
+        return Err(EvalError::NoFile {
+            path: path.display().to_string(),
+            formats: FORMATS.join(", "),
+        });
+    };
+    // `test-00000-of-00003.parquet` tells how many there are.
+    let stem = first.file_stem().unwrap_or_default().to_string_lossy();
+    let need = stem.rsplit_once("-of-").and_then(|(_, n)| n.parse().ok());
+    match need {
+        Some(need) if need != found.len() => Err(EvalError::Parts {
+            path: first.display().to_string(),
+            have: found.len(),
+            need,
+        }),
+        _ => Ok(found),
+    }
+}
+
+/// Reads a file by its extension: `.parquet`, `.csv` with a line of names, `.json` with a list of
+/// objects, else JSONL; `.gz` after any but the first. Of a folder, or of a name with `*`, all files.
 ///
 /// # Errors
-/// [`EvalError::Line`] naming the line, [`EvalError::Io`], [`EvalError::TooLarge`].
+/// [`EvalError::Line`] naming the line, [`EvalError::Parquet`], [`EvalError::Parts`],
+/// [`EvalError::NoFile`], [`EvalError::Io`], [`EvalError::TooLarge`].
 pub fn read(path: &Path) -> Result<Vec<Row>, EvalError> {
+    let mut rows = Vec::new();
+    for part in parts(path)? {
+        rows.extend(read_file(&part)?);
+    }
+    Ok(rows)
+}
+
+fn read_file(path: &Path) -> Result<Vec<Row>, EvalError> {
     let place = path.display().to_string();
     let name = place.strip_suffix(".gz").unwrap_or(&place);
-    if name.ends_with(".csv") {
+    if name.ends_with(".parquet") {
+        parquet(&place, open(path)?)
+    } else if name.ends_with(".csv") {
         csv(&place, open(path)?, None)
     } else if name.ends_with(".json") {
         json(&place, open(path)?)
@@ -176,26 +261,58 @@ pub fn jsonl(path: &str, bytes: impl Read) -> Result<Vec<Row>, EvalError> {
     Ok(rows)
 }
 
-fn whole(path: &str, bytes: impl Read) -> Result<String, EvalError> {
-    let mut text = String::new();
-    let read = bytes.take(MAX_BYTES + 1).read_to_string(&mut text);
+fn whole(path: &str, bytes: impl Read) -> Result<Vec<u8>, EvalError> {
+    let mut all = Vec::new();
+    let read = bytes.take(MAX_BYTES + 1).read_to_end(&mut all);
     read.map_err(|source| EvalError::Io {
         path: path.to_owned(),
         source,
     })?;
-    if text.len() as u64 > MAX_BYTES {
+    if all.len() as u64 > MAX_BYTES {
         return Err(EvalError::TooLarge {
             path: path.to_owned(),
             limit: MAX_BYTES,
         });
     }
-    Ok(text)
+    Ok(all)
+}
+
+fn whole_text(path: &str, bytes: impl Read) -> Result<String, EvalError> {
+    let bytes = whole(path, bytes)?;
+    String::from_utf8(bytes).map_err(|e| {
+        let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        EvalError::Line {
+            path: path.to_owned(),
+            line: 1 + before.iter().filter(|b| **b == b'\n').count(),
+            reason: "is not UTF-8".to_owned(),
+        }
+    })
+}
+
+/// Rows of Parquet; a row's line is its number, from 1.
+///
+/// # Errors
+/// As [`read`].
+pub fn parquet(path: &str, bytes: impl Read) -> Result<Vec<Row>, EvalError> {
+    let place: Arc<str> = path.into();
+    let file = whole(path, bytes)?;
+    let budget = parquet::Budget(MAX_BYTES);
+    let rows = parquet::rows(&file, budget).map_err(|reason| EvalError::Parquet {
+        path: path.to_owned(),
+        reason,
+    })?;
+    let row = |(i, fields)| Row {
+        path: Arc::clone(&place),
+        line: i + 1,
+        fields,
+    };
+    Ok(rows.into_iter().enumerate().map(row).collect())
 }
 
 /// Rows of a JSON list of objects; a row's line is its number in the list, from 1.
 fn json(path: &str, bytes: impl Read) -> Result<Vec<Row>, EvalError> {
     let place: Arc<str> = path.into();
-    let text = whole(path, bytes)?;
+    let text = whole_text(path, bytes)?;
     let list: Vec<Map<String, Value>> = serde_json::from_str(text.trim_start_matches('\u{feff}'))
         .map_err(|e| EvalError::Line {
         path: path.to_owned(),
@@ -217,7 +334,7 @@ fn json(path: &str, bytes: impl Read) -> Result<Vec<Row>, EvalError> {
 /// As [`read`].
 pub fn csv(path: &str, bytes: impl Read, names: Option<&[&str]>) -> Result<Vec<Row>, EvalError> {
     let place: Arc<str> = path.into();
-    let text = whole(path, bytes)?;
+    let text = whole_text(path, bytes)?;
     let wrong = |line, reason: String| EvalError::Line {
         path: path.to_owned(),
         line,

@@ -355,7 +355,7 @@ impl Asker<'_> {
             };
             let logprobs: Vec<f64> = scored.scores.iter().map(|s| s.logprob).collect();
             let mut answer = book.blank(arm, at);
-            answer.metrics = marks(*gold, choices, &logprobs);
+            answer.metrics = marks(gold, choices, &logprobs);
             answer.choice = Some(largest(&logprobs));
             answer.logprobs = logprobs;
             book.enter(arm, answer);
@@ -405,7 +405,8 @@ impl Asker<'_> {
         Ok(())
     }
 
-    /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine.
+    /// Attacks, as many at once as the engine's batch; each turn is one pass through the engine, and
+    /// attackers, judges and scorers of all are asked at once.
     fn attack(
         &self,
         todo: &[(usize, usize)],
@@ -428,15 +429,19 @@ impl Asker<'_> {
                 }
             }
             while !open.is_empty() {
+                let asked = at_once(&mut open, |(_, _, attack)| attack.next(crescendo));
                 let mut requests = Vec::with_capacity(open.len());
-                for (arm, _, attack) in &mut open {
-                    let messages = attack.next(crescendo)?;
-                    requests.push(self.turn(&messages, &arms[*arm])?);
+                for (messages, (arm, ..)) in asked.into_iter().zip(&open) {
+                    requests.push(self.turn(&messages?, &arms[*arm])?);
                 }
                 let outputs = engine.run(requests, |_, _| {})?;
+                let mut replied: Vec<_> = open.into_iter().zip(outputs).collect();
+                let over = at_once(&mut replied, |((_, _, attack), output)| {
+                    attack.take(std::mem::take(&mut output.text), &self.judges, crescendo)
+                });
                 let mut left = Vec::new();
-                for ((arm, at, mut attack), output) in open.into_iter().zip(outputs) {
-                    if !attack.take(output.text, &self.judges, crescendo) {
+                for (((arm, at, attack), _), over) in replied.into_iter().zip(over) {
+                    if !over {
                         left.push((arm, at, attack));
                         continue;
                     }
@@ -582,6 +587,17 @@ impl Asker<'_> {
     }
 }
 
+/// What `ask` gives for each, all asked at once: who is asked over a network is waited for, and a model
+/// on this machine takes one after the other.
+fn at_once<T: Send, R: Send>(all: &mut [T], ask: impl Fn(&mut T) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = all.iter_mut().map(|one| scope.spawn(|| ask(one))).collect();
+        let told = asked.into_iter().map(std::thread::ScopedJoinHandle::join);
+        told.map(|r| r.unwrap_or_else(|p| std::panic::resume_unwind(p)))
+            .collect()
+    })
+}
+
 /// The first of the largest.
 fn largest(values: &[f64]) -> usize {
     let best = |b: usize, i: usize| if values[i] > values[b] { i } else { b };
@@ -589,7 +605,7 @@ fn largest(values: &[f64]) -> usize {
 }
 
 /// Metrics of choices from their log-likelihoods.
-fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f64> {
+fn marks(gold: &Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f64> {
     let mut metrics = BTreeMap::new();
     match gold {
         Gold::One {
@@ -597,9 +613,9 @@ fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f
             metric,
             norm,
         } => {
-            let right = |values: &[f64]| f64::from(u8::from(largest(values) == index));
-            metrics.insert(metric.to_owned(), right(logprobs));
-            if norm {
+            let right = |values: &[f64]| f64::from(u8::from(largest(values) == *index));
+            metrics.insert((*metric).to_owned(), right(logprobs));
+            if *norm {
                 let by_length: Vec<f64> = logprobs
                     .iter()
                     .zip(choices)
@@ -608,10 +624,11 @@ fn marks(gold: Gold, choices: &[String], logprobs: &[f64]) -> BTreeMap<String, f
                 metrics.insert("acc_norm".to_owned(), right(&by_length));
             }
         }
-        Gold::First(n) => {
+        Gold::True(truths) => {
             let most = logprobs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let p: Vec<f64> = logprobs.iter().map(|l| (l - most).exp()).collect();
-            let share = p[..n].iter().sum::<f64>() / p.iter().sum::<f64>();
+            let true_ones = p.iter().zip(truths).filter(|(_, t)| **t).map(|(p, _)| p);
+            let share = true_ones.sum::<f64>() / p.iter().sum::<f64>();
             metrics.insert("mc2".to_owned(), share);
         }
     }
@@ -637,15 +654,31 @@ mod tests {
         };
         // By likelihood the first; by characters -2, -0.75, -1.25: the second.
         let logprobs = [-2.0, -3.0, -2.5];
-        let m = marks(one(0), &choices, &logprobs);
+        let m = marks(&one(0), &choices, &logprobs);
         assert_eq!((m["acc"], m["acc_norm"]), (1.0, 0.0));
-        let m = marks(one(1), &choices, &logprobs);
+        let m = marks(&one(1), &choices, &logprobs);
         assert_eq!((m["acc"], m["acc_norm"]), (0.0, 1.0));
         assert_eq!(largest(&[-1.0, -1.0]), 0);
-        // (1/2 + 1/4) / (1/2 + 1/4 + 1/8)
+        // (1/2 + 1/8) / (1/2 + 1/4 + 1/8)
         let logprobs = [0.5f64.ln(), 0.25f64.ln(), 0.125f64.ln()];
-        let mc2 = marks(Gold::First(2), &choices, &logprobs)["mc2"];
-        assert!((mc2 - 6.0 / 7.0).abs() < 1e-12);
+        let truths = Gold::True(vec![true, false, true]);
+        let mc2 = marks(&truths, &choices, &logprobs)["mc2"];
+        assert!((mc2 - 5.0 / 7.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn all_are_asked_before_the_first_has_told() {
+        use std::sync::{Condvar, Mutex};
+        let (asked, changed) = (Mutex::new(0), Condvar::new());
+        let told = at_once(&mut [1, 2, 3], |n: &mut usize| {
+            let mut count = asked.lock().unwrap();
+            *count += 1;
+            changed.notify_all();
+            let patience = std::time::Duration::from_secs(20);
+            let wait = changed.wait_timeout_while(count, patience, |c| *c < 3);
+            (*n, wait.unwrap().1.timed_out())
+        });
+        assert_eq!(told, [(1, false), (2, false), (3, false)]);
     }
 
     #[test]

@@ -3,6 +3,10 @@
 //! A run has a folder, by default one named by a hash of its settings, so that the same command goes
 //! on where it was and another one does not mix with it.
 
+mod fetch;
+mod judges;
+mod wanted;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -10,19 +14,17 @@ use anyhow::{Context, Result, bail};
 use demur_eval::crescendo::Crescendo;
 use demur_eval::export;
 use demur_eval::files::write_whole;
-use demur_eval::folder::{self, RESULTS, Settings};
-use demur_eval::judge::{self, Judge, Prompted, Verdict};
+use demur_eval::folder::{self, Cut, RESULTS, Settings, Skipped};
+use demur_eval::judge::{self, Judge, Prompted};
 use demur_eval::leak::not_leaked;
 use demur_eval::prompts::{self, Label, Split};
 use demur_eval::results::Results;
 use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block};
-use demur_eval::stats::{kappa, wilson};
-use demur_eval::suites::{Ask, Item, SUITES, safety, suite};
+use demur_eval::suites::{Ask, Item, Pick, SUITES, safety};
 use demur_eval::talk::{Local, Remote, Talker};
-use demur_eval::{rows, wrap};
+use demur_eval::wrap;
 use demur_model::generate::{EngineConfig, Sampling};
 use demur_model::hooks::Intervention;
-use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -35,10 +37,12 @@ use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
 use crate::report::evaluation;
 use crate::study::config::{CacheFormat, Precision};
+use wanted::Wanted;
 
 const EXAMPLES: &str = "\
 Examples:
   demur eval list
+  demur eval fetch mmlu,gsm8k --data DIR
   demur eval arc_easy,truthfulqa_mc1 --limit 100 --data DIR
   demur eval mmlu,gsm8k --plan runs/quickstart/plan.toml --data DIR --json
   demur eval xstest,advbench --wrap role_play --judge rules --judge opener --data DIR
@@ -66,10 +70,12 @@ pub struct Args {
 enum Action {
     /// List the suites, the wrappers and the judges.
     List {
-        /// Folder of the suites' files.
+        /// Folder of the suites' files. May be repeated.
         #[arg(long, env = "DEMUR_DATA", default_value = "data", value_name = "DIR")]
-        data: PathBuf,
+        data: Vec<PathBuf>,
     },
+    /// Get the files of suites from the Hugging Face Hub.
+    Fetch(fetch::Args),
     /// Ask any file of prompts, and count refusals.
     Refusal(Box<Refusal>),
     /// Put the shards of a run together.
@@ -83,7 +89,8 @@ enum Action {
     },
     /// Measure judges against replies that people have sorted.
     Judges {
-        /// JSONL or CSV with `prompt`, `response` and `refusal` (true or false).
+        /// A file with `prompt`, `response` and `refusal` (true or false), or with `response_refusal_label`
+        /// as WildGuardTest has it.
         labels: PathBuf,
         #[command(flatten)]
         judging: Judging,
@@ -98,7 +105,7 @@ enum Action {
 
 #[derive(Debug, clap::Args)]
 struct Refusal {
-    /// JSONL or CSV in any of the public layouts.
+    /// JSONL, CSV or Parquet in any of the public layouts, or a folder of such files.
     #[arg(long, value_name = "FILE")]
     prompts: PathBuf,
     /// What prompts are that have no label.
@@ -114,6 +121,27 @@ enum GivenLabel {
     Unsafe,
     /// To be answered.
     Safe,
+}
+
+/// Which items a limit takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Picked {
+    /// A sample in the set's proportions of categories, subjects and labels.
+    #[default]
+    Spread,
+    /// The first ones, as lm-evaluation-harness does; of MMLU as many of each subject.
+    First,
+}
+
+impl How {
+    fn pick(&self) -> Pick {
+        match self.picked {
+            Picked::First => Pick::First,
+            Picked::Spread => Pick::Spread {
+                seed: self.pick_seed,
+            },
+        }
+    }
 }
 
 /// How suites are run.
@@ -134,12 +162,19 @@ struct How {
     /// Folder of the SAE that the plans name; a study's folder works too.
     #[arg(long, value_name = "DIR")]
     sae: Option<PathBuf>,
-    /// Folder of the suites' files.
+    /// Folder of the suites' files, or of data sets as the Hub has them. May be repeated: the first one
+    /// that has a file counts.
     #[arg(long, env = "DEMUR_DATA", default_value = "data", value_name = "DIR")]
-    data: PathBuf,
+    data: Vec<PathBuf>,
     /// At most this many items of each suite; 0 takes all.
     #[arg(long, default_value_t = 0)]
     limit: usize,
+    /// Which items a limit takes.
+    #[arg(long = "pick", value_enum, default_value_t, value_name = "HOW")]
+    picked: Picked,
+    /// Seed of `--pick spread`.
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pick_seed: u32,
     /// Put every request under this jailbreak wrapper; `demur eval list` shows them.
     #[arg(long, value_name = "NAME")]
     wrap: Option<String>,
@@ -176,6 +211,9 @@ struct How {
     /// Folder of the run; by default one of its own under runs/eval.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Read suites and plans, say what would be asked, and ask nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// Print the figures as one JSON object, as the last line.
     #[arg(long)]
     json: bool,
@@ -196,38 +234,6 @@ struct Judging {
     /// Seconds that an address has for an answer.
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     patience: u64,
-}
-
-/// A file that names suites: what `demur eval FILE.toml` reads.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SuiteFile {
-    suite: Vec<Chosen>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Chosen {
-    name: String,
-    /// At most this many items; 0 takes all.
-    #[serde(default)]
-    limit: usize,
-}
-
-/// Suites and limits: those of a file, or the names with one limit.
-fn chosen(names: &[String], limit: usize) -> Result<Vec<Chosen>> {
-    let mut all = Vec::new();
-    for name in names {
-        if name.ends_with(".toml") {
-            let text = std::fs::read_to_string(name).with_context(|| format!("read {name}"))?;
-            let file: SuiteFile = toml::from_str(&text).with_context(|| format!("read {name}"))?;
-            all.extend(file.suite);
-        } else {
-            let name = name.clone();
-            all.push(Chosen { name, limit });
-        }
-    }
-    Ok(all)
 }
 
 /// Models beside the one that is measured: attackers, scorers and judges.
@@ -331,6 +337,7 @@ fn parse_shard(text: &str) -> Result<(usize, usize), String> {
 pub fn run(args: Args) -> Result<()> {
     match args.action {
         Some(Action::List { data }) => list(&data),
+        Some(Action::Fetch(f)) => fetch::run(&f),
         Some(Action::Refusal(r)) => refusal(&r),
         Some(Action::Merge { folders, json }) => {
             let (results, answers) = folder::merge(&folders)?;
@@ -343,28 +350,23 @@ pub fn run(args: Args) -> Result<()> {
             judging,
             show,
             json,
-        }) => agreement(&labels, &judging, show, json),
+        }) => judges::run(&labels, &judging, show, json),
         None if args.suites.is_empty() => {
             bail!(anyhow::anyhow!("name a suite; `demur eval list` shows them").context(Usage))
         }
         None => {
-            let (mut names, mut items) = (Vec::new(), Vec::new());
-            for Chosen { name, limit } in chosen(&args.suites, args.how.limit)? {
-                let known = suite(&name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
-                items.extend(known.load(&args.how.data, limit)?);
-                names.push(name);
-            }
-            evaluate(&args.how, &names, items)
+            let how = &args.how;
+            let wanted = Wanted::new(&args.suites, how.limit, how.pick(), &how.data)?;
+            evaluate(how, wanted)
         }
     }
 }
 
-fn list(data: &Path) -> Result<()> {
+fn list(data: &[PathBuf]) -> Result<()> {
     for s in SUITES {
-        let there = if s.paths(data).is_ok() {
-            ""
-        } else {
-            "  (no file)"
+        let there = match s.absent(data) {
+            None => String::new(),
+            Some(names) => format!("  (no file {})", names.join(", ")),
         };
         say(format_args!("{:<20} {}{there}", s.name, s.title))?;
         say(format_args!("{:<20}   {}", "", s.metrics.join(", ")))?;
@@ -391,15 +393,20 @@ fn refusal(r: &Refusal) -> Result<()> {
         GivenLabel::Unsafe => Label::Unsafe,
         GivenLabel::Safe => Label::Safe,
     });
-    let mut items = safety::prompts("refusal", &r.prompts, given)?;
-    if r.how.limit > 0 {
-        items.truncate(r.how.limit);
-    }
+    let items = safety::prompts("refusal", &r.prompts, given)?;
     let name = r.prompts.file_name().unwrap_or_default().to_string_lossy();
-    evaluate(&r.how, &[format!("refusal:{name}")], items)
+    let mut wanted = Wanted::default();
+    wanted.add(format!("refusal:{name}"), items, r.how.limit, r.how.pick());
+    evaluate(&r.how, wanted)
 }
 
-fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
+fn evaluate(how: &How, wanted: Wanted) -> Result<()> {
+    let Wanted {
+        suites,
+        mut items,
+        cut,
+        skipped,
+    } = wanted;
     if items.is_empty() {
         bail!("there is no item to ask");
     }
@@ -419,6 +426,9 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         how.judging.judges.clone()
     };
     no_leak(how, &items)?;
+    if how.dry_run {
+        return dry_run(how, &suites, &items, &cut, &skipped);
+    }
     exit::say_how_to_go_on();
     let who = judges.iter().chain(&how.attacker).chain(&how.scorer);
     let cast = Cast::new(who, how.judging.patience)?;
@@ -455,7 +465,7 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         model: how.model.clone(),
         model_sha256: loaded.checkpoint.sha256(),
         precision: how.arithmetic(),
-        suites: suites.to_vec(),
+        suites,
         limit: how.limit,
         wrap: how.wrap.clone(),
         judges,
@@ -464,6 +474,8 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
         arms: hashes,
         items: items.len(),
         items_sha256: hex(&Sha256::digest(format!("{items:?} {}", how.temperature))),
+        cut,
+        skipped,
     };
     let folder = match &how.out {
         Some(folder) => folder.clone(),
@@ -509,6 +521,33 @@ fn evaluate(how: &How, suites: &[String], mut items: Vec<Item>) -> Result<()> {
     let results = Results::new(settings, &answers)?;
     write(&results, &answers, &folder)?;
     show(&results, &folder.join(RESULTS), how.json)
+}
+
+/// Says what would be asked.
+fn dry_run(
+    how: &How,
+    suites: &[String],
+    items: &[Item],
+    cut: &[Cut],
+    skipped: &[Skipped],
+) -> Result<()> {
+    for name in suites {
+        let file_of_prompts = name.starts_with("refusal:");
+        let mine = |i: &&Item| i.suite == *name || file_of_prompts;
+        let n = items.iter().filter(mine).count();
+        match cut.iter().find(|c| c.suite == *name) {
+            Some(c) => say(c)?,
+            None => say(format_args!("{name}: all {n} items"))?,
+        }
+    }
+    for s in skipped {
+        say(s)?;
+    }
+    let mut arms = vec!["base".to_owned()];
+    for file in &how.plans {
+        arms.push(plan::read(file)?.name);
+    }
+    say(format_args!("arms: {}", arms.join(", ")))
 }
 
 /// Writes the results, and beside them the page and what other programs read.
@@ -577,6 +616,12 @@ fn show(results: &Results, path: &Path, as_json: bool) -> Result<()> {
             a.first, a.second, a.kappa, a.n
         ))?;
     }
+    for c in &results.settings.cut {
+        say(c)?;
+    }
+    for s in &results.settings.skipped {
+        say(s)?;
+    }
     note(format_args!("{:<12} {}", "results", path.display()));
     if as_json {
         say(json!({
@@ -586,75 +631,9 @@ fn show(results: &Results, path: &Path, as_json: bool) -> Result<()> {
             "versus_base": results.versus_base,
             "losses": results.losses,
             "agreement": results.agreement,
+            "cut": results.settings.cut,
+            "skipped": results.settings.skipped,
         }))?;
-    }
-    Ok(())
-}
-
-fn agreement(labels: &Path, judging: &Judging, show: bool, as_json: bool) -> Result<()> {
-    let read = rows::read(labels)?;
-    let mut replies = Vec::new();
-    for row in &read {
-        let refused = match row.label(&["refusal", "human_refusal"]).as_deref() {
-            Some("true" | "True" | "1") => true,
-            Some("false" | "False" | "0") => false,
-            _ => return Err(row.wrong("refusal", "is neither true nor false").into()),
-        };
-        let prompt = row.label(&["prompt"]).unwrap_or_default();
-        replies.push((prompt, row.text(&["response"])?, refused));
-    }
-    let names = match judging.judges.as_slice() {
-        [] => vec!["opener".to_owned(), "rules".to_owned()],
-        names => names.to_vec(),
-    };
-    let cast = Cast::new(names.iter(), judging.patience)?;
-    let truth: Vec<bool> = replies.iter().map(|r| r.2).collect();
-    let mut all = Vec::new();
-    for judge in cast.judges(&names, judging)? {
-        let name = judge.name();
-        let verdicts: Vec<Verdict> = replies
-            .iter()
-            .map(|(p, r, _)| judge.verdict(p, r).unwrap_or(Verdict::Unjudged))
-            .collect();
-        let says: Vec<bool> = verdicts
-            .iter()
-            .map(|v| matches!(v, Verdict::Refusal | Verdict::Partial))
-            .collect();
-        let count = |t: bool, s: bool| {
-            truth
-                .iter()
-                .zip(&says)
-                .filter(|(a, b)| (**a, **b) == (t, s))
-                .count()
-        };
-        let right = count(true, true) + count(false, false);
-        let e = wilson(right, truth.len());
-        let k = kappa(&truth, &says);
-        let of = |sort: Verdict| verdicts.iter().filter(|v| **v == sort).count();
-        let (partial, failed) = (of(Verdict::Partial), of(Verdict::Unjudged));
-        say(format_args!(
-            "{name:<10} kappa {k:.3}, agreement {:.3} [{:.3}, {:.3}], n {}: missed {} refusals, {} \
-             false alarms, {partial} partial, {failed} not judged",
-            e.value,
-            e.lo,
-            e.hi,
-            e.n,
-            count(true, false),
-            count(false, true)
-        ))?;
-        if show {
-            let differ = replies.iter().zip(&says).filter(|(r, s)| r.2 != **s);
-            for ((prompt, reply, refused), _) in differ {
-                say(format_args!("--- refusal: {refused}\n> {prompt}\n{reply}"))?;
-            }
-        }
-        all.push(json!({
-            "judge": name, "kappa": k, "agreement": e, "missed": count(true, false),
-            "false_alarms": count(false, true), "partial": partial, "not_judged": failed,
-        }));
-    }
-    if as_json {
-        say(json!({ "labels": labels, "judges": all }))?;
     }
     Ok(())
 }

@@ -28,6 +28,8 @@ pub fn render(results: &Results, answers: &[Answer]) -> String {
                     section {
                         h1 { (results.settings.suites.join(", ")) }
                         p { (results.settings.model) ", " (results.settings.items) " items, " (results.settings.arms.len()) " arms" }
+                        @for s in &results.settings.skipped { p { b { (s) } } }
+                        @for c in &results.settings.cut { p class="note" { (c) } }
                     }
                     (table(results))
                     (tradeoff(results))
@@ -368,8 +370,9 @@ fn disagreements(answers: &[Answer]) -> Markup {
 
 #[cfg(test)]
 mod tests {
-    use demur_eval::folder::Settings;
+    use demur_eval::folder::{Cut, Settings, Skipped};
     use demur_eval::stats::wilson;
+    use demur_eval::suites::Pick;
 
     use super::*;
 
@@ -409,6 +412,16 @@ mod tests {
         let settings = Settings {
             suites: vec!["xstest".to_owned()],
             arms: vec![("base".to_owned(), None)],
+            cut: vec![Cut {
+                suite: "xstest".to_owned(),
+                items: 2,
+                of: 450,
+                pick: Pick::Spread { seed: 7 },
+            }],
+            skipped: vec![Skipped {
+                suite: "wildguardtest".to_owned(),
+                reason: "no file".to_owned(),
+            }],
             ..Settings::default()
         };
         let row = |suite: &str, metric: &str| Row {
@@ -447,6 +460,8 @@ mod tests {
         ] {
             assert!(page.contains(&format!("id=\"{id}\"")), "{id}");
         }
+        assert!(page.contains("xstest: 2 of 450 items, spread by seed 7"));
+        assert!(page.contains("wildguardtest: SKIPPED, not measured: no file"));
         assert!(page.contains("Trade-off on xstest") && page.contains("taken back"));
         assert!(
             page.contains("<td>1/1</td> <td>1/1</td>") || page.contains("<td>1/1</td><td>1/1</td>")

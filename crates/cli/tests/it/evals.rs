@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::{Ended, Place, model};
+use crate::support::{Ended, Place, ended, model, testdata};
 
 /// A place with a small suite of choices, one of conversations, prompts, and a plan.
 fn place() -> Place {
@@ -235,7 +235,7 @@ fn judges_against_people() {
 fn what_is_not_there_is_named() {
     let place = place();
     eval(&place, &["odd"]).refused(2, &["'odd'", "arc_easy"]);
-    eval(&place, &["mmlu"]).refused(1, &["mmlu_test.jsonl", "--data"]);
+    eval(&place, &["mmlu"]).refused(1, &["mmlu_test (.jsonl", "--data"]);
     eval(&place, &[]).refused(2, &["demur eval list"]);
     fs::write(
         place.path("data/arc_easy.jsonl"),
@@ -247,7 +247,253 @@ fn what_is_not_there_is_named() {
         .run(["eval", "list", "--data", "data"])
         .succeeded()
         .stdout;
-    assert!(list.contains("arc_easy") && list.contains("(no file)") && list.contains("role_play"));
+    for word in ["arc_easy", "(no file mmlu_test", "role_play"] {
+        assert!(list.contains(word), "{word}: {list}");
+    }
+}
+
+/// Lines of a run's log, by item.
+fn answers(place: &Place, run: &str) -> Vec<Value> {
+    let log = fs::read_to_string(place.path(run).join("answers.jsonl")).unwrap();
+    let mut all: Vec<Value> = log
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    all.sort_by_key(|a| a["at"].as_u64());
+    all
+}
+
+#[test]
+fn a_limit_spreads_and_says_so() {
+    let place = place();
+    let run = |out: &str, more: &[&str]| {
+        let ended = eval(&place, &[&["arc_easy", "--out", out], more].concat());
+        ended.succeeded().json()
+    };
+    run("all", &[]);
+    let found = run("some", &["--limit", "9", "--pick-seed", "3"]);
+    let cut =
+        json!([{ "suite": "arc_easy", "items": 9, "of": 36, "pick": { "spread": { "seed": 3 } } }]);
+    assert_eq!(found["cut"], cut);
+    let settings: Value =
+        serde_json::from_slice(&fs::read(place.path("some/settings.json")).unwrap()).unwrap();
+    assert_eq!(settings["cut"], cut);
+    // What is asked of an item is the same, and so is what comes of it, whatever else is asked.
+    let (all, some) = (answers(&place, "all"), answers(&place, "some"));
+    let bare = |a: &Value| {
+        let mut a = a.clone();
+        a["at"] = json!(null);
+        a
+    };
+    for a in &some {
+        assert!(all.iter().any(|b| bare(a) == bare(b)), "{a}");
+    }
+    let ids = |answers: &[Value]| -> Vec<u64> {
+        let id = |a: &Value| a["id"].as_str().unwrap().parse().unwrap();
+        answers.iter().map(id).collect()
+    };
+    assert!(ids(&some).is_sorted() && ids(&some) != (0..9).collect::<Vec<_>>());
+    // Shards are parts of the sample.
+    for part in ["1/2", "2/2"] {
+        let more = ["--limit", "9", "--pick-seed", "3", "--shard", part];
+        eval(
+            &place,
+            &[&["arc_easy", "--out", "parts"], &more[..]].concat(),
+        )
+        .succeeded();
+    }
+    place.run(["eval", "merge", "parts"]).succeeded();
+    assert!(results(&place, "parts") == results(&place, "some"));
+    // Another sample is another run, and a folder holds one.
+    let other = [
+        "arc_easy",
+        "--limit",
+        "9",
+        "--pick-seed",
+        "4",
+        "--out",
+        "some",
+    ];
+    eval(&place, &other).refused(1, &["settings.json"]);
+    // The harness takes the first.
+    let found = run("first", &["--limit", "9", "--pick", "first"]);
+    assert_eq!(found["cut"][0]["pick"], "first");
+    assert_eq!(ids(&answers(&place, "first")), (0..9).collect::<Vec<_>>());
+    // A file of prompts is cut the same way.
+    let lines: String = (0..40).map(|i| format!("Ask {i}?,{}\n", i / 20)).collect();
+    fs::write(place.path("mine.csv"), format!("prompt,category\n{lines}")).unwrap();
+    let asks = [
+        "refusal",
+        "--prompts",
+        "mine.csv",
+        "--limit",
+        "4",
+        "--out",
+        "mine",
+    ];
+    let found = eval(&place, &asks).succeeded().json();
+    assert_eq!(found["cut"][0]["of"], 40);
+    let parts = answers(&place, "mine");
+    let of = |part: &str| parts.iter().filter(|a| a["parts"][0] == part).count();
+    assert_eq!((of("refusal/0"), of("refusal/1")), (2, 2));
+}
+
+#[test]
+fn a_suite_without_its_file_is_skipped_aloud_or_stops_the_run() {
+    let place = place();
+    let file = |optional: &str| {
+        let text = format!(
+            "[[suite]]\nname = \"wildguardtest\"\n{optional}\n[[suite]]\nname = \"arc_easy\"\nlimit = 3\n"
+        );
+        fs::write(place.path("suites.toml"), text).unwrap();
+    };
+    file("");
+    eval(&place, &["suites.toml"]).refused(1, &["wildguardtest needs one of"]);
+    file("optional = true");
+    let dry = eval(&place, &["suites.toml", "--dry-run", "--plan", "plan.toml"]).succeeded();
+    for line in [
+        "arc_easy: 3 of 36 items",
+        "wildguardtest: SKIPPED",
+        "arms: base, push",
+    ] {
+        assert!(dry.stdout.contains(line), "{line}: {}", dry.stdout);
+    }
+    assert!(!place.path("runs").exists());
+    let ended = eval(&place, &["suites.toml", "--out", "run"]).succeeded();
+    assert!(
+        ended
+            .stdout
+            .contains("wildguardtest: SKIPPED, not measured")
+    );
+    let found = ended.json();
+    assert_eq!(found["skipped"][0]["suite"], "wildguardtest");
+    assert!(
+        found["rows"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|r| r["suite"] == "arc_easy")
+    );
+    let page = fs::read_to_string(place.path("run/report.html")).unwrap();
+    assert!(page.contains("wildguardtest: SKIPPED"));
+    // With the file it is another run: it does not go on where the one without it was.
+    let row = json!({ "prompt": "Hi", "adversarial": false, "prompt_harm_label": "unharmful" });
+    fs::create_dir(place.path("gated")).unwrap();
+    fs::write(place.path("gated/wildguardtest.jsonl"), format!("{row}\n")).unwrap();
+    let with = ["suites.toml", "--data", "gated"];
+    eval(&place, &[&with[..], &["--out", "run"]].concat()).refused(1, &["settings.json"]);
+    let found = eval(&place, &with).succeeded().json();
+    assert_eq!(found["skipped"], json!([]));
+    let rows = found["rows"].as_array().unwrap();
+    assert!(rows.iter().any(|r| r["suite"] == "wildguardtest/vanilla"));
+    // Nothing at all is no run.
+    fs::write(
+        place.path("suites.toml"),
+        "[[suite]]\nname = \"xstest\"\noptional = true\n",
+    )
+    .unwrap();
+    eval(&place, &["suites.toml"]).refused(1, &["no item"]);
+}
+
+/// A Hub with the files that are given by their paths; whatever else is asked for is gated.
+fn hub(files: Vec<(&'static str, &'static str)>) -> String {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let base = format!("http://{}/", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut reader = BufReader::new(stream.unwrap());
+            let mut lines = Vec::new();
+            loop {
+                let mut line = String::new();
+                if reader.read_line(&mut line).unwrap() <= 2 {
+                    break;
+                }
+                lines.push(line.to_lowercase());
+            }
+            let path = lines[0].split(' ').nth(1).unwrap().to_owned();
+            let token = lines
+                .iter()
+                .any(|l| l.trim() == "authorization: bearer secret");
+            let known = files.iter().find(|(p, _)| p.to_lowercase() == path);
+            let (status, body) = match known {
+                Some((_, name)) if token => (
+                    200,
+                    fs::read(testdata().join("parquet").join(name)).unwrap(),
+                ),
+                _ => (401, Vec::new()),
+            };
+            let head = format!(
+                "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                body.len()
+            );
+            let stream = reader.get_mut();
+            stream
+                .write_all(&[head.as_bytes(), &body].concat())
+                .unwrap();
+        }
+    });
+    base
+}
+
+#[test]
+fn suites_come_from_the_hub() {
+    let place = place();
+    let base = hub(vec![
+        (
+            "/datasets/openai/gsm8k/resolve/v1/main/test-00000-of-00001.parquet",
+            "gsm8k.parquet",
+        ),
+        (
+            "/datasets/openai/gsm8k/resolve/v1/main/train-00000-of-00001.parquet",
+            "gsm8k.parquet",
+        ),
+    ]);
+    let fetch = |args: &[&str]| {
+        let mut command = place.command([&["eval", "fetch", "--data", "hub"], args].concat());
+        command.env("HF_ENDPOINT", &base).env("HF_TOKEN", "secret");
+        ended(command.output().unwrap())
+    };
+    let got = fetch(&["gsm8k", "--revision", "v1"]).succeeded().stdout;
+    assert_eq!(got.lines().count(), 2);
+    assert!(
+        got.contains("hub/openai/gsm8k/main/test-00000-of-00001.parquet"),
+        "{got}"
+    );
+    assert!(
+        fetch(&["gsm8k", "--revision", "v1"])
+            .succeeded()
+            .stdout
+            .is_empty()
+    );
+    let dry = eval(&place, &["gsm8k", "--data", "hub", "--dry-run"])
+        .succeeded()
+        .stdout;
+    assert!(dry.contains("gsm8k: all 9 items"), "{dry}");
+    let gated = fetch(&["wildguardtest"]);
+    gated.refused(1, &["allenai/wildguardmix is gated", "HF_TOKEN"]);
+    fetch(&["xstest"]).refused(1, &["xstest"]);
+    let left = fs::read_dir(place.path("hub/allenai/wildguardmix/test")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn wildguards_replies_measure_judges() {
+    let place = place();
+    let file = testdata().join("parquet/wildguardtest.parquet");
+    let args = [
+        "eval".as_ref(),
+        "judges".as_ref(),
+        file.as_os_str(),
+        "--json".as_ref(),
+    ];
+    let found = place.run(args).succeeded().json();
+    assert_eq!(found["unlabelled"], 1);
+    let rules = &found["judges"][1];
+    assert_eq!(
+        (&rules["agreement"]["n"], &rules["kappa"]),
+        (&json!(3), &json!(1.0))
+    );
 }
 
 /// A server that judges, attacks and scores: it stops with the process.
@@ -269,12 +515,12 @@ fn server() -> String {
             reader.read_exact(&mut body).unwrap();
             let asked: Value = serde_json::from_slice(&body).unwrap();
             let first = asked["messages"][0]["content"].as_str().unwrap();
+            let question;
             let says = if asked["model"] == "attacker" {
-                assert!(
-                    first.contains("Do harm") && first.contains("10 turns"),
-                    "{first}"
-                );
-                "{\"generated_question\": \"Tell me\"}"
+                assert!(first.contains("10 turns"), "{first}");
+                let (_, goal) = first.split_once("Do harm ").unwrap();
+                question = format!("{{\"generated_question\": \"Tell me {}\"}}", &goal[..1]);
+                &question
             } else if asked["model"] == "scorer" {
                 "{\"score\": 0.9}"
             } else if first.contains("I'm sorry") || first.contains("I cannot") {
@@ -302,12 +548,9 @@ fn server() -> String {
 fn other_models_attack_and_judge() {
     let place = place();
     let base = server();
-    let goal = json!({ "id": "g", "prompt": "Do harm", "label": "harmful" });
-    fs::write(
-        place.path("data/crescendo_goals.jsonl"),
-        format!("{goal}\n"),
-    )
-    .unwrap();
+    let goal = |i: usize| json!({ "id": i.to_string(), "prompt": format!("Do harm {i}"), "label": "harmful" });
+    let goals: String = (0..3).map(|i| format!("{}\n", goal(i))).collect();
+    fs::write(place.path("data/crescendo_goals.jsonl"), goals).unwrap();
     fs::write(place.path("ask.txt"), "Request: {request}\nReply: {reply}").unwrap();
     let who = |model: &str| format!("{base}#{model}");
     let (attacker, scorer, judge) = (who("attacker"), who("scorer"), who("judge"));
@@ -327,10 +570,15 @@ fn other_models_attack_and_judge() {
     let found = eval(&place, &asks).succeeded().json();
     assert_eq!(found["rows"][0]["metric"], "attack_success");
     assert_eq!(found["rows"][0]["value"], 1.0);
-    let log = fs::read_to_string(place.path("run/answers.jsonl")).unwrap();
-    let answer: Value = serde_json::from_str(&log).unwrap();
-    assert_eq!(answer["transcript"][0]["score"], 0.9);
-    assert_eq!(answer["transcript"][0]["verdicts"][&judge], "compliance");
+    // All are asked at once, and each gets its own.
+    for (i, answer) in answers(&place, "run").iter().enumerate() {
+        let turn = &answer["transcript"][0];
+        assert_eq!(turn["user"], format!("Tell me {i}"));
+        assert_eq!(
+            (&turn["score"], &turn["verdicts"][&judge]),
+            (&json!(0.9), &json!("compliance"))
+        );
+    }
     eval(&place, &["crescendo"]).refused(1, &["--attacker"]);
     let nobody = ["crescendo", "--attacker", "odd", "--scorer", &scorer];
     eval(&place, &nobody).refused(2, &["'odd'", "local:MODEL"]);

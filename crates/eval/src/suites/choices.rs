@@ -16,7 +16,7 @@ const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
 const COLUMNS: [&str; 6] = ["question", "A", "B", "C", "D", "answer"];
 
 /// Answered questions before each of TruthfulQA.
-const PRIMED: usize = 6;
+pub const PRIMED: usize = 6;
 
 /// MMLU's categories: those of its authors.
 const CATEGORIES: [(&str, &str); 3] = [
@@ -113,54 +113,44 @@ fn letter_or_index(row: &Row, choices: usize) -> Result<usize, EvalError> {
     Ok(answer)
 }
 
-/// Questions by subject, subjects and questions in their order: from one file with `category`, or a
-/// folder of `SUBJECT_test.csv`.
+/// Questions by subject, subjects and questions in their order: from a file with `category` or
+/// `subject`, from several, or from a folder of `SUBJECT_test.csv`.
 fn subjects(path: &Path) -> Result<BTreeMap<String, Vec<Four>>, EvalError> {
     let mut all: BTreeMap<String, Vec<Four>> = BTreeMap::new();
-    if !path.is_dir() {
+    let io = |source| EvalError::Io {
+        path: path.display().to_string(),
+        source,
+    };
+    let mut files = Vec::new();
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path).map_err(io)? {
+            files.push(entry.map_err(io)?.path());
+        }
+        files.retain(|f| f.extension().is_some_and(|e| e == "csv"));
+    }
+    if files.is_empty() {
         for row in read(path)? {
             let subject = row.text(&["category", "subject"])?.replace(' ', "_");
             all.entry(subject).or_default().push(Four::new(&row)?);
         }
         return Ok(all);
     }
-    let io = |source| EvalError::Io {
-        path: path.display().to_string(),
-        source,
-    };
-    for entry in std::fs::read_dir(path).map_err(io)? {
-        let file = entry.map_err(io)?.path();
+    for file in files {
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
         let subject = stem.trim_end_matches("_test").trim_end_matches("_dev");
-        if file.extension().is_some_and(|e| e == "csv") {
-            let rows = read_csv(&file, &COLUMNS)?;
-            let fours = rows.iter().map(Four::new).collect::<Result<_, _>>()?;
-            all.insert(subject.to_owned(), fours);
-        }
+        let rows = read_csv(&file, &COLUMNS)?;
+        let fours = rows.iter().map(Four::new).collect::<Result<_, _>>()?;
+        all.insert(subject.to_owned(), fours);
     }
     Ok(all)
 }
 
 /// `mmlu`: the subject's first five development questions, answered, then the question; choices are
-/// the letters. At most `limit` items, of every subject in turn.
-pub fn mmlu(test: &Path, dev: &Path, limit: usize) -> Result<Vec<Item>, EvalError> {
+/// the letters.
+pub fn mmlu(test: &Path, dev: &Path) -> Result<Vec<Item>, EvalError> {
     let (test, dev) = (subjects(test)?, subjects(dev)?);
-    let share = |n: usize| -> BTreeMap<&str, usize> {
-        let (mut left, mut round) = (n, 0);
-        let mut share: BTreeMap<&str, usize> = test.keys().map(|s| (s.as_str(), 0)).collect();
-        while left > 0 && test.values().any(|q| q.len() > round) {
-            for (subject, questions) in &test {
-                if left > 0 && questions.len() > round {
-                    share.insert(subject, round + 1);
-                    left -= 1;
-                }
-            }
-            round += 1;
-        }
-        share
-    };
     let mut items = Vec::new();
-    for (subject, most) in share(limit.min(test.values().map(Vec::len).sum())) {
+    for (subject, questions) in &test {
         let shots = dev.get(subject).map_or(&[][..], Vec::as_slice);
         if shots.len() < SHOTS {
             return Err(EvalError::Shots {
@@ -176,7 +166,7 @@ pub fn mmlu(test: &Path, dev: &Path, limit: usize) -> Result<Vec<Item>, EvalErro
         for shot in &shots[..SHOTS] {
             before += &format!("{} {}\n\n", shot.asked(), LETTERS[shot.answer]);
         }
-        for (i, q) in test[subject].iter().take(most).enumerate() {
+        for (i, q) in questions.iter().enumerate() {
             let id = q.id.clone().unwrap_or_else(|| format!("{subject}-{i}"));
             items.push(Item {
                 suite: "mmlu".to_owned(),
@@ -320,13 +310,14 @@ pub fn truthfulqa(path: &Path, primed: &Path, second: bool) -> Result<Vec<Item>,
     };
     let one = |(i, row): (usize, &Row)| {
         let (choices, labels) = targets(row, names, row.object(names)?)?;
-        let truths = labels.iter().take_while(|l| **l).count();
-        if truths == 0 || labels[truths..].contains(&true) || (!second && truths != 1) {
-            let reason = "must have its true answers first, and mc1 just one";
-            return Err(row.wrong(names[0], reason));
+        // The set's first answers are true; where labels were swapped they are not.
+        if labels.first() != Some(&true) {
+            return Err(row.wrong(names[0], "must begin with a true answer"));
         }
         let gold = if second {
-            Gold::First(truths)
+            Gold::True(labels)
+        } else if labels[1..].contains(&true) {
+            return Err(row.wrong(names[0], "has more than one true answer"));
         } else {
             Gold::One {
                 index: 0,
@@ -441,14 +432,8 @@ mod tests {
                 std::fs::write(dir.join(format!("{subject}_{split}.csv")), lines).unwrap();
             }
         }
-        let load = |limit| {
-            mmlu(
-                &folder.path().join("test"),
-                &folder.path().join("dev"),
-                limit,
-            )
-        };
-        let items = load(usize::MAX).unwrap();
+        let load = || mmlu(&folder.path().join("test"), &folder.path().join("dev"));
+        let items = load().unwrap();
         assert_eq!(items.len(), 7);
         let Ask::Choose { context, gold, .. } = &items[5].ask else {
             panic!()
@@ -461,11 +446,8 @@ mod tests {
         assert!(matches!(gold, Gold::One { index: 1, .. }));
         assert_eq!(items[5].parts, ["mmlu_humanities", "mmlu_world_religions"]);
         assert_eq!(items[0].parts[0], "mmlu_other");
-        // Three of all: two of the first subject, one of the second.
-        let ids: Vec<String> = load(3).unwrap().into_iter().map(|i| i.id).collect();
-        assert_eq!(ids, ["virology-0", "virology-1", "world_religions-0"]);
         std::fs::write(folder.path().join("dev/virology_dev.csv"), "q,a,b,c,d,A\n").unwrap();
-        assert!(matches!(load(1), Err(EvalError::Shots { have: 1, .. })));
+        assert!(matches!(load(), Err(EvalError::Shots { have: 1, .. })));
     }
 
     #[test]
@@ -488,12 +470,19 @@ mod tests {
         else {
             panic!()
         };
-        assert_eq!((choices.len(), *gold), (3, Gold::First(2)));
+        assert_eq!(choices.len(), 3);
+        assert_eq!(*gold, Gold::True(vec![true, true, false]));
         assert!(context.starts_with("Q: 0?\nA: 0.\n\nQ: 1?\n"), "{context}");
         assert!(
             context.ends_with("\n\nQ: 5?\nA: 5.\n\nQ: Why?\nA:"),
             "{context}"
         );
+        // Two questions of the set have a true answer after a false one.
+        let late = write(r#"{"question": "Why?", "mc2": {"yes": 1, "no": 0, "so": 1}}"#).unwrap();
+        let Ask::Choose { gold, .. } = &late[0].ask else {
+            panic!()
+        };
+        assert_eq!(*gold, Gold::True(vec![true, false, true]));
         let listed = r#"{"prompt": "Why?", "mc2": {"choices": ["a", "b"], "labels": [1, 0]}}"#;
         assert_eq!(write(listed).unwrap().len(), 1);
         for bad in [

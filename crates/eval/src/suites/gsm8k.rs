@@ -26,7 +26,7 @@ pub struct Number {
 }
 
 static HASHES: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"#### (\-?[0-9\.\,]+)").ok());
-static IN_WORDS: LazyLock<Option<Regex>> =
+static WORDED: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"The answer is (\-?[0-9\.\,]+).").ok());
 static ANY_NUMBER: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"(-?[$0-9.,]{2,})|(-?[0-9]+)").ok());
@@ -34,7 +34,7 @@ static ANY_NUMBER: LazyLock<Option<Regex>> =
 impl Number {
     /// `(strict, flexible)`: by the first match of the strict pattern, and by the last number.
     pub fn mark(&self, reply: &str) -> (bool, bool) {
-        let pattern = if self.words { &IN_WORDS } else { &HASHES };
+        let pattern = if self.words { &WORDED } else { &HASHES };
         let group = |c: regex::Captures<'_>| {
             let groups = c.iter().skip(1).flatten();
             groups
@@ -123,8 +123,9 @@ fn enough(suite: &str, train: &[Row], need: usize) -> Result<(), EvalError> {
     })
 }
 
-/// `gsm8k`: five worked training items, drawn for each question in turn by the harness's seed.
-pub fn gsm8k(test: &Path, train: &Path, limit: usize) -> Result<Vec<Item>, EvalError> {
+/// `gsm8k`: five worked training items, drawn for each question in turn by the harness's seed. They
+/// belong to the question's place in the file, whatever a limit takes later.
+pub fn gsm8k(test: &Path, train: &Path) -> Result<Vec<Item>, EvalError> {
     const SHOTS: usize = 5;
     let train = read(train)?;
     enough("gsm8k", &train, SHOTS)?;
@@ -137,25 +138,42 @@ pub fn gsm8k(test: &Path, train: &Path, limit: usize) -> Result<Vec<Item>, EvalE
         }
         item("gsm8k", at, row, &before, false)
     };
-    let rows = read(test)?;
-    rows.iter().take(limit).enumerate().map(one).collect()
+    read(test)?.iter().enumerate().map(one).collect()
 }
 
-/// `gsm8k_cot`: eight examples with reasoning in words. The harness's own examples are not in the
-/// public data; these are the first eight training items, without the calculator's marks, in one
-/// paragraph that ends in "The answer is N.", so its figures do not compare with the harness's.
-pub fn gsm8k_cot(test: &Path, train: &Path) -> Result<Vec<Item>, EvalError> {
-    const SHOTS: usize = 8;
-    let train = read(train)?;
-    enough("gsm8k_cot", &train, SHOTS)?;
+/// Examples before a question that is answered in words.
+const IN_WORDS: usize = 8;
+
+/// `gsm8k_cot`: the harness's eight examples, which are not demur's and come from the file `examples`,
+/// with `question` and `target`.
+pub fn gsm8k_cot(test: &Path, examples: &Path) -> Result<Vec<Item>, EvalError> {
+    let given = |row: &Row| Ok(row.text(&["target"])?.to_owned());
+    worded("gsm8k_cot", test, examples, given)
+}
+
+/// `gsm8k_cot_train`: the first eight training items as examples, without the calculator's marks, in
+/// one paragraph that ends in "The answer is N.", so its figures do not compare with the harness's.
+pub fn gsm8k_cot_train(test: &Path, train: &Path) -> Result<Vec<Item>, EvalError> {
+    worded("gsm8k_cot_train", test, train, |row| {
+        Ok(in_words(answer(row)?))
+    })
+}
+
+/// Questions after the first examples of a file, each with what `told` makes of its answer.
+fn worded(
+    suite: &str,
+    test: &Path,
+    examples: &Path,
+    told: impl Fn(&Row) -> Result<String, EvalError>,
+) -> Result<Vec<Item>, EvalError> {
+    let examples = read(examples)?;
+    enough(suite, &examples, IN_WORDS)?;
     let mut before = String::new();
-    for row in &train[..SHOTS] {
-        let told = in_words(answer(row)?);
-        before += &format!("Q: {}\nA: {told}\n\n", question(row)?);
+    for row in &examples[..IN_WORDS] {
+        before += &format!("Q: {}\nA: {}\n\n", question(row)?, told(row)?);
     }
-    let rows = read(test)?;
-    let one = |(at, row): (usize, &Row)| item("gsm8k_cot", at, row, &before, true);
-    rows.iter().enumerate().map(one).collect()
+    let one = |(at, row): (usize, &Row)| item(suite, at, row, &before, true);
+    read(test)?.iter().enumerate().map(one).collect()
 }
 
 /// A worked answer as a paragraph: `2<<1+1=2>>` is 2, and lines become sentences.

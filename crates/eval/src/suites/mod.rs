@@ -8,19 +8,25 @@
 //! | file | suites |
 //! | --- | --- |
 //! | `choices.rs` | `mmlu`, `arc_easy`, `arc_challenge`, `truthfulqa_mc1`, `truthfulqa_mc2` |
-//! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot` |
+//! | `gsm8k.rs` | `gsm8k`, `gsm8k_cot`, `gsm8k_cot_train` |
 //! | `ifeval.rs` | `ifeval` |
 //! | `safety.rs` | `xstest` and the sets of harmful requests; any file of prompts; scripted conversations; goals of attacks |
+//! | `find.rs`, `pick.rs` | where a suite's files are; which items a limit takes |
 //! | here | `text`: KL against base and perplexity on the passages that demur ships |
 
 mod choices;
+mod find;
 mod gsm8k;
 mod ifeval;
+mod pick;
 mod python_random;
 pub mod safety;
 
+pub use find::spelled;
+pub use pick::Pick;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -98,7 +104,7 @@ pub enum Ask {
 }
 
 /// What is right among choices.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Gold {
     /// The choice with this index; `acc`, and if `norm` is set `acc_norm`: by log-likelihood over the
     /// number of characters.
@@ -110,8 +116,8 @@ pub enum Gold {
         /// Give `acc_norm` too.
         norm: bool,
     },
-    /// The first so many choices: the metric `mc2` is their share of the probability.
-    First(usize),
+    /// Which choices are true: the metric `mc2` is their share of the probability.
+    True(Vec<bool>),
 }
 
 /// How a written text is marked.
@@ -157,12 +163,34 @@ pub struct Suite {
     pub title: &'static str,
     /// Its metrics, the main one first.
     pub metrics: &'static [&'static str],
-    /// Names of its files: one of each group is needed.
+    /// Names of its files: one of each group is needed. A name with neither extension nor `/` has any
+    /// format that is read, or is a folder of such files.
     pub files: &'static [&'static [&'static str]],
+    /// Where the Hub has them.
+    pub hub: Option<Hub>,
+}
+
+/// A suite's files in a data set of the Hugging Face Hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Hub {
+    /// `OWNER/NAME`.
+    pub repo: &'static str,
+    /// A file of each group in turn, as far as it has them. `*` stands for the number of a part.
+    pub files: &'static [&'static str],
 }
 
 const ACC: &[&str] = &["acc"];
 const REFUSAL: &[&str] = &["refusal_unsafe", "attack_success", "gibberish"];
+const BOTH: &[&str] = &[
+    "refusal_unsafe",
+    "refusal_safe",
+    "attack_success",
+    "gibberish",
+];
+
+const fn hub(repo: &'static str, files: &'static [&'static str]) -> Option<Hub> {
+    Some(Hub { repo, files })
+}
 
 /// All suites.
 pub const SUITES: &[Suite] = &[
@@ -171,55 +199,63 @@ pub const SUITES: &[Suite] = &[
         title: "57 subjects, four choices, 5-shot (Hendrycks et al. 2021)",
         metrics: ACC,
         files: &[
-            &["mmlu_test.jsonl.gz", "mmlu_test.jsonl", "mmlu/test", "test"],
-            &["mmlu_dev.jsonl", "mmlu_dev.jsonl.gz", "mmlu/dev", "dev"],
+            &["mmlu_test", "mmlu/test/", "test/"],
+            &["mmlu_dev", "mmlu/dev/", "dev/"],
         ],
+        hub: hub("cais/mmlu", &["all/test-*.parquet", "all/dev-*.parquet"]),
     },
     Suite {
         name: "arc_easy",
         title: "grade-school science (Clark et al. 2018)",
         metrics: &["acc", "acc_norm"],
-        files: &[&[
-            "arc_easy.jsonl",
-            "arc_easy.jsonl.gz",
-            "ARC-Easy-Test.jsonl",
-            "ARC-Easy-Test.csv",
-        ]],
+        files: &[&["arc_easy", "ARC-Easy-Test.jsonl", "ARC-Easy-Test.csv"]],
+        hub: hub("allenai/ai2_arc", &["ARC-Easy/test-*.parquet"]),
     },
     Suite {
         name: "arc_challenge",
         title: "grade-school science, the hard part (Clark et al. 2018)",
         metrics: &["acc", "acc_norm"],
         files: &[&[
-            "arc_challenge.jsonl",
-            "arc_challenge.jsonl.gz",
+            "arc_challenge",
             "ARC-Challenge-Test.jsonl",
             "ARC-Challenge-Test.csv",
         ]],
+        hub: hub("allenai/ai2_arc", &["ARC-Challenge/test-*.parquet"]),
     },
     Suite {
         name: "truthfulqa_mc1",
         title: "the one true answer among several (Lin et al. 2022)",
         metrics: &["mc1"],
         files: TRUTHFULQA,
+        hub: TRUTHFULQA_HUB,
     },
     Suite {
         name: "truthfulqa_mc2",
         title: "probability of the true answers (Lin et al. 2022)",
         metrics: &["mc2"],
         files: TRUTHFULQA,
+        hub: TRUTHFULQA_HUB,
     },
     Suite {
         name: "gsm8k",
         title: "word problems, 5-shot, examples by seed 1234 (Cobbe et al. 2021)",
         metrics: &["exact_match", "exact_match_flexible"],
         files: GSM8K,
+        hub: GSM8K_HUB,
     },
     Suite {
         name: "gsm8k_cot",
-        title: "word problems, 8-shot with reasoning; examples are the first eight training items",
+        title: "word problems, 8-shot with reasoning, the harness's examples",
+        metrics: &["exact_match", "exact_match_flexible"],
+        files: &[GSM8K[0], &["gsm8k_cot_examples.jsonl"]],
+        hub: hub("openai/gsm8k", &["main/test-*.parquet"]),
+    },
+    Suite {
+        name: "gsm8k_cot_train",
+        title: "the same, but the examples are the first eight training items",
         metrics: &["exact_match", "exact_match_flexible"],
         files: GSM8K,
+        hub: GSM8K_HUB,
     },
     Suite {
         name: "ifeval",
@@ -230,17 +266,15 @@ pub const SUITES: &[Suite] = &[
             "prompt_level_loose_acc",
             "inst_level_loose_acc",
         ],
-        files: &[&[
-            "ifeval.jsonl",
-            "ifeval_input_data.jsonl",
-            "input_data.jsonl",
-        ]],
+        files: &[&["ifeval", "ifeval_input_data.jsonl", "input_data.jsonl"]],
+        hub: hub("google/IFEval", &["ifeval_input_data.jsonl"]),
     },
     Suite {
         name: "text",
         title: "plain text that demur ships: next-token KL against base, perplexity",
         metrics: &["kl", "ppl"],
         files: &[],
+        hub: None,
     },
     Suite {
         name: "xstest",
@@ -251,95 +285,93 @@ pub const SUITES: &[Suite] = &[
             "attack_success",
             "gibberish",
         ],
-        files: &[&[
-            "xstest.jsonl",
-            "xstest_prompts.csv",
-            "xstest_v2_prompts.csv",
-        ]],
+        files: &[&["xstest", "xstest_prompts.csv", "xstest_v2_prompts.csv"]],
+        hub: None,
     },
     Suite {
         name: "advbench",
         title: "harmful instructions (Zou et al. 2023)",
         metrics: REFUSAL,
-        files: &[&["advbench.jsonl", "harmful_behaviors.csv", "advbench.csv"]],
+        files: &[&["advbench", "harmful_behaviors.csv"]],
+        hub: None,
     },
     Suite {
         name: "harmbench",
         title: "harmful behaviours, with context where there is one (Mazeika et al. 2024)",
         metrics: REFUSAL,
         files: &[&[
-            "harmbench_text.jsonl",
+            "harmbench_text",
             "harmbench_behaviors_text_test.csv",
             "harmbench_behaviors_text_all.csv",
         ]],
+        hub: None,
     },
     Suite {
         name: "jailbreakbench",
         title: "harmful behaviours in ten categories (Chao et al. 2024)",
         metrics: REFUSAL,
-        files: &[&[
-            "jailbreakbench.jsonl",
-            "harmful-behaviors.csv",
-            "jailbreakbench.csv",
-        ]],
+        files: &[&["jailbreakbench", "harmful-behaviors.csv"]],
+        hub: hub(
+            "JailbreakBench/JBB-Behaviors",
+            &["data/harmful-behaviors.csv"],
+        ),
     },
     Suite {
         name: "strongreject",
         title: "forbidden prompts (Souly et al. 2024)",
         metrics: REFUSAL,
         files: &[&[
-            "strongreject.jsonl",
+            "strongreject",
             "strongreject_dataset.csv",
             "strongreject_small_dataset.csv",
         ]],
+        hub: None,
     },
     Suite {
         name: "wildguardtest",
         title: "vanilla and adversarial prompts, harmful and not (Han et al. 2024)",
-        metrics: &[
-            "refusal_unsafe",
-            "refusal_safe",
-            "attack_success",
-            "gibberish",
-        ],
-        files: &[&[
-            "wildguardtest.jsonl",
-            "wildguardtest.jsonl.gz",
-            "wildguard_test.csv",
-            "wildguardtest.csv",
-        ]],
+        metrics: BOTH,
+        files: &[&["wildguardtest", "wildguard_test"]],
+        hub: hub("allenai/wildguardmix", &["test/wildguard_test.parquet"]),
     },
     Suite {
         name: "sorrybench",
         title: "unsafe requests in 44 categories (Xie et al. 2025)",
         metrics: REFUSAL,
-        files: &[&[
-            "sorrybench.jsonl",
-            "question.jsonl",
-            "sorry_bench_202503.jsonl",
-        ]],
+        files: &[&["sorrybench", "sorry_bench_202503", "question.jsonl"]],
+        hub: None,
     },
     Suite {
         name: "multiturn_scripted",
         title: "the user's side of recorded conversations, replayed",
         metrics: REFUSAL,
-        files: &[&["multiturn_scripted.jsonl"]],
+        files: &[&["multiturn_scripted"]],
+        hub: None,
     },
     Suite {
         name: "crescendo",
         title: "attacks over ten turns by another model (Russinovich et al. 2024)",
         metrics: &["attack_success"],
-        files: &[&["crescendo_goals.jsonl", "multiturn_objectives.jsonl"]],
+        files: &[&["crescendo_goals", "multiturn_objectives"]],
+        hub: None,
     },
 ];
 
 /// The answered questions before each of TruthfulQA. They are not demur's and not shipped.
 const PRIMER: &str = "truthfulqa_primer.txt";
-const TRUTHFULQA: &[&[&str]] = &[&["truthfulqa.jsonl", "truthfulqa.jsonl.gz", "mc_task.json"]];
+const TRUTHFULQA: &[&[&str]] = &[&["truthfulqa", "mc_task.json"], &[PRIMER]];
+const TRUTHFULQA_HUB: Option<Hub> = hub(
+    "truthfulqa/truthful_qa",
+    &["multiple_choice/validation-*.parquet"],
+);
 const GSM8K: &[&[&str]] = &[
-    &["gsm8k_test.jsonl", "gsm8k_test.jsonl.gz", "test.jsonl"],
-    &["gsm8k_train.jsonl.gz", "gsm8k_train.jsonl", "train.jsonl"],
+    &["gsm8k_test", "test.jsonl"],
+    &["gsm8k_train", "train.jsonl"],
 ];
+const GSM8K_HUB: Option<Hub> = hub(
+    "openai/gsm8k",
+    &["main/test-*.parquet", "main/train-*.parquet"],
+);
 
 /// The suite called `name`.
 ///
@@ -354,44 +386,27 @@ pub fn suite(name: &str) -> Result<&'static Suite, EvalError> {
 }
 
 impl Suite {
-    /// Its files in `data`, one of each group.
-    ///
-    /// # Errors
-    /// [`EvalError::NoData`] naming what was looked for.
-    pub fn paths(&self, data: &Path) -> Result<Vec<PathBuf>, EvalError> {
-        let one = |names: &&[&str]| {
-            let mut paths = names.iter().map(|n| data.join(n));
-            paths.find(|p| p.exists()).ok_or_else(|| EvalError::NoData {
-                suite: self.name.to_owned(),
-                folder: data.display().to_string(),
-                names: names.join(", "),
-            })
-        };
-        self.files.iter().map(one).collect()
-    }
-
-    /// Its first `limit` items, all if that is 0; of MMLU as many of each subject, in turn.
+    /// Its items; [`Pick`] takes some of them.
     ///
     /// # Errors
     /// [`EvalError::NoData`]; [`EvalError::Field`] and the others of [`crate::rows::read`];
     /// [`EvalError::Twice`] for two items of one id.
-    pub fn load(&self, data: &Path, limit: usize) -> Result<Vec<Item>, EvalError> {
+    pub fn load(&self, data: &[PathBuf]) -> Result<Vec<Item>, EvalError> {
         let paths = self.paths(data)?;
-        let limit = if limit == 0 { usize::MAX } else { limit };
         let items = match self.name {
-            "mmlu" => choices::mmlu(&paths[0], &paths[1], limit)?,
+            "mmlu" => choices::mmlu(&paths[0], &paths[1])?,
             "arc_easy" | "arc_challenge" => choices::arc(self.name, &paths[0])?,
-            "truthfulqa_mc1" => choices::truthfulqa(&paths[0], &data.join(PRIMER), false)?,
-            "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &data.join(PRIMER), true)?,
-            "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1], limit)?,
+            "truthfulqa_mc1" => choices::truthfulqa(&paths[0], &paths[1], false)?,
+            "truthfulqa_mc2" => choices::truthfulqa(&paths[0], &paths[1], true)?,
+            "gsm8k" => gsm8k::gsm8k(&paths[0], &paths[1])?,
             "gsm8k_cot" => gsm8k::gsm8k_cot(&paths[0], &paths[1])?,
+            "gsm8k_cot_train" => gsm8k::gsm8k_cot_train(&paths[0], &paths[1])?,
             "ifeval" => ifeval::ifeval(&paths[0])?,
             "text" => text()?,
             "crescendo" => safety::goals(self.name, &paths[0])?,
             "multiturn_scripted" => safety::scripted(self.name, &paths[0])?,
             name => safety::prompts(name, &paths[0], None)?,
         };
-        let items: Vec<Item> = items.into_iter().take(limit).collect();
         unique(&items)?;
         Ok(items)
     }
@@ -416,3 +431,6 @@ fn unique(items: &[Item]) -> Result<(), EvalError> {
         }),
     }
 }
+
+#[cfg(test)]
+mod tests;
