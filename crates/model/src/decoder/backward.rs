@@ -13,6 +13,7 @@
 
 use demur_kernels::attention::{SeqAttention, attention};
 use demur_kernels::backward::{self, Attended};
+use demur_kernels::cache::{CacheFormat, CacheRows};
 use demur_kernels::ops::{self, RopeTable};
 
 use super::Model;
@@ -183,10 +184,15 @@ impl<'a> Pass<'a> {
         rope.apply(&mut q, spec.n_heads, spec.d_head, spec.rope_style);
         rope.apply(&mut k, spec.n_kv_heads, spec.d_head, spec.rope_style);
         let mut out = vec![0.0; q.len()];
+        let kept = |x: &[f32]| {
+            let mut rows = CacheRows::new(CacheFormat::F32, spec.d_head);
+            rows.push(x);
+            rows
+        };
         let seq = SeqAttention {
             q: &q,
-            k: &k,
-            v: &v,
+            k: &kept(&k),
+            v: &kept(&v),
             start: 0,
             out: &mut out,
         };
