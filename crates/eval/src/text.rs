@@ -45,6 +45,45 @@ pub fn logits(
     Ok(logits.rows().flatten().copied().collect())
 }
 
+/// Logits at the last token of `prompt` (tokens and their roles) and at every token of a `reply` to it
+/// under `hook`, rows of `[d_vocab]`: the reply is read as one that the model writes.
+///
+/// # Errors
+/// What the model refuses.
+pub fn reply_logits(
+    model: &Model,
+    (tokens, roles): (&[u32], &[Role]),
+    reply: &[u32],
+    hook: Option<&dyn Intervention>,
+    workspace: &mut Workspace,
+) -> Result<Vec<f32>, EvalError> {
+    let mut cache = model.new_cache();
+    let mut state = hook.map(Intervention::start);
+    let hook_sites = hook.map(Intervention::sites).unwrap_or_default();
+    let written = vec![Role::Assistant; reply.len()];
+    let mut rows = Vec::new();
+    for (tokens, roles, generated) in [(tokens, roles, false), (reply, &written[..], true)] {
+        if tokens.is_empty() {
+            continue;
+        }
+        let mut input = [SeqInput {
+            tokens,
+            roles,
+            generated,
+            cache: &mut cache,
+            hook: state.as_deref_mut(),
+            hook_sites,
+            logits: match generated {
+                true => LogitsAt::All,
+                false => LogitsAt::Last,
+            },
+        }];
+        let logits = model.forward(&mut input, None, workspace)?;
+        rows.extend(logits.rows().flatten().copied());
+    }
+    Ok(rows)
+}
+
 /// Scores a passage: `base` and `arm` are logits of its positions.
 ///
 /// # Shapes

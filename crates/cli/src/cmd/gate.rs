@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::catalogue::DEFAULT_MODEL;
 use crate::cmd::chat::steering;
 use crate::cmd::plan;
-use crate::cmd::study::load;
+use crate::cmd::study::Which;
 use crate::exit;
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, say};
@@ -39,15 +39,8 @@ enum Action {
     /// Train the gate of a study: its stages pull, harvest, train and gate.
     #[command(after_help = EXAMPLES)]
     Train {
-        /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
-        #[arg(default_value = "quickstart")]
-        study: String,
-        /// Change a value, for instance `--set gate.recall=0.9`; may be repeated.
-        #[arg(long = "set", value_name = "KEY=VALUE")]
-        sets: Vec<String>,
-        /// Folder for runs.
-        #[arg(long, default_value = "runs", value_name = "DIR")]
-        runs: PathBuf,
+        #[command(flatten)]
+        which: Which,
         /// Print one JSON object: the gate and all its figures.
         #[arg(long)]
         json: bool,
@@ -73,14 +66,10 @@ enum Action {
 
 pub fn run(args: Args) -> Result<()> {
     match args.action {
-        Action::Train {
-            study,
-            sets,
-            runs,
-            json,
-        } => {
-            let study = load(&study, &sets)?;
+        Action::Train { which, json } => {
+            let study = which.load()?;
             exit::say_how_to_go_on();
+            let runs = which.runs;
             let (plan, gate) = gate_only(study, &Options { runs, from: None })?;
             if json {
                 return say(json!({ "plan": plan, "trained": gate }));

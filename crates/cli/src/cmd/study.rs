@@ -21,24 +21,38 @@ Examples:
 
 A study that was stopped goes on where it was: run the same command again.";
 
+/// Which study a command runs, and where.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct Args {
+pub struct Which {
     /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
     #[arg(default_value = "quickstart")]
     study: String,
+    /// Change a value, for instance `--set evaluate.max_new_tokens=16`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Folder for runs.
+    #[arg(long, default_value = "runs", value_name = "DIR")]
+    pub runs: PathBuf,
+}
+
+impl Which {
+    /// The study with its changes.
+    pub fn load(&self) -> Result<Study> {
+        load(&self.study, &self.sets)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(flatten)]
+    which: Which,
     /// Run this stage and all after it anew.
     #[arg(long, value_name = "STAGE", value_parser = PossibleValuesParser::new(STAGES))]
     from: Option<String>,
     /// Check the study and say what it would do; nothing is written.
     #[arg(long)]
     dry_run: bool,
-    /// Change a value, for instance `--set evaluate.max_new_tokens=16`; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
-    /// Folder for runs.
-    #[arg(long, default_value = "runs", value_name = "DIR")]
-    runs: PathBuf,
     /// Train the SAE anew instead of loading one.
     #[arg(long)]
     retrain: bool,
@@ -48,11 +62,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let mut study = load(&args.study, &args.sets)?;
+    let Which { sets, runs, .. } = &args.which;
+    let mut study = args.which.load()?;
     if args.retrain && study.sae.source == SaeSource::Shipped {
         // The shipped SAE's own settings, and what is set for them here.
         let own = |s: &&String| s.starts_with("corpus.") || s.starts_with("train.");
-        let sets: Vec<String> = args.sets.iter().filter(own).cloned().collect();
+        let sets: Vec<String> = sets.iter().filter(own).cloned().collect();
         let recipe = Study::load("quickstart-sae", &sets)?;
         study.corpus = recipe.corpus;
         study.train = recipe.train;
@@ -61,17 +76,17 @@ pub fn run(args: Args) -> Result<()> {
         study.sae.source = SaeSource::Train;
     }
     if args.dry_run && args.json {
-        let folder = args.runs.join(&study.name);
+        let folder = runs.join(&study.name);
         return say(json!({ "run": folder, "stages": STAGES, "study": study }));
     }
     if args.dry_run {
-        return dry_run(&study, &args.runs);
+        return dry_run(&study, runs);
     }
     exit::say_how_to_go_on();
     let record = run_study(
         study,
         &Options {
-            runs: args.runs.clone(),
+            runs: runs.clone(),
             from: args.from,
         },
     )?;
@@ -79,7 +94,7 @@ pub fn run(args: Args) -> Result<()> {
     for line in &record.verdict.lines {
         say(format_args!("  {line}"))?;
     }
-    let report = args.runs.join(&record.study).join("report.html");
+    let report = runs.join(&record.study).join("report.html");
     say(format_args!("  report: {}", report.display()))?;
     if args.json {
         say(json!({

@@ -1,13 +1,11 @@
 //! `demur tune`: a study up to its plan, chosen on validation prompts; the test prompts stay untouched.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use demur_eval::record::{Calibration, SweepPoint};
 use demur_eval::stats::Estimate;
 use serde_json::json;
 
-use super::study::load;
+use super::study::Which;
 use crate::exit;
 use crate::progress::say;
 use crate::study::{Options, Planned, plan_only};
@@ -21,27 +19,20 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
-    #[arg(default_value = "quickstart")]
-    study: String,
-    /// Change a value, for instance `--set tune.values=[0.5,1]`; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
-    /// Folder for runs.
-    #[arg(long, default_value = "runs", value_name = "DIR")]
-    runs: PathBuf,
+    #[command(flatten)]
+    which: Which,
     /// Print one JSON object: the plan's file, the sweep, and the front of the gate's settings.
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let study = load(&args.study, &args.sets)?;
+    let study = args.which.load()?;
     exit::say_how_to_go_on();
     let planned = plan_only(
         study,
         &Options {
-            runs: args.runs,
+            runs: args.which.runs,
             from: None,
         },
     )?;

@@ -13,17 +13,18 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use demur_eval::arms::{self, Arm, Item, Reply};
+use demur_eval::arms::{Arm, Reply};
 use demur_eval::judge::Verdict;
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_eval::record::{Calibration, Setting};
 use demur_eval::stats::wilson;
 use demur_eval::text;
-use demur_model::decoder::{LogitsAt, SeqInput, Workspace};
+use demur_model::decoder::Workspace;
 use demur_model::hooks::{Intervention, Role};
 use demur_steering::{Condition, Gate, Op, SteeringPlan};
 use serde::{Deserialize, Serialize};
 
+use super::config::CalibrateConfig;
 use super::gate::{GATE_NAME, Trained, gate_prompts};
 use super::tune::Tuned;
 use super::{StudyContext, Working};
@@ -32,8 +33,15 @@ use crate::progress::Progress;
 /// Reply tokens that damping reaches.
 const DAMPED_REPLY: usize = 4;
 
-/// What the stage leaves.
+/// What the stage leaves: all that a choice needs, so that another aim asks nothing anew.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Measured {
+    cases: Vec<Case>,
+    chats: Vec<Chat>,
+}
+
+/// The choice.
+#[derive(Debug, Clone)]
 pub struct Calibrated {
     pub calibration: Calibration,
     /// The setting that won by the aim.
@@ -86,6 +94,7 @@ fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
 }
 
 /// How base, the clamp and each damping did with a prompt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Case {
     score: f32,
     is_unsafe: bool,
@@ -95,19 +104,20 @@ struct Case {
 }
 
 /// The change of a chat under the clamp and under each damping, nats a token.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Chat {
     score: f32,
     open: f64,
     clear: Vec<f64>,
 }
 
-pub fn run(
+pub fn measure(
     c: &StudyContext,
     sae: &Working,
     gate: &Trained,
     tuned: &Tuned,
     scratch: &Path,
-) -> Result<Calibrated> {
+) -> Result<Measured> {
     let cfg = &c.study.calibrate;
     let all = gate_prompts(c)?;
     let of = |label| -> Vec<&Prompt> {
@@ -153,17 +163,7 @@ pub fn run(
             items: &items,
         });
     }
-    let total = run_arms.len() * items.len();
-    let bar = Progress::new("calibrate", "replies", total as u64);
-    let replies = arms::run(
-        &mut c.engine(),
-        &run_arms,
-        cfg.max_new_tokens,
-        &c.openers,
-        &scratch.join("replies.jsonl"),
-        |_| bar.advance(1),
-    )?;
-    bar.finish();
+    let replies = c.replies("calibrate", &run_arms, cfg.max_new_tokens, scratch)?;
     let by_arm: Vec<&[Reply]> = replies.chunks_exact(items.len()).collect();
     let cases = (0..n_judged)
         .map(|i| {
@@ -178,19 +178,28 @@ pub fn run(
         .collect::<Result<Vec<_>>>()?;
     let bar = Progress::new("calibrate", "chats", (items.len() - n_judged) as u64);
     let mut workspace = Workspace::default();
+    let d_vocab = c.loaded.model.spec().d_vocab;
     let chats = (n_judged..items.len())
         .map(|i| {
-            let reply = &by_arm[0][i].tokens;
-            let base = reply_logits(c, &items[i], reply, None, &mut workspace)?;
+            let (item, reply) = (&items[i], &by_arm[0][i].tokens);
+            let mut logits = |hook| {
+                let prompt = (&item.tokens[..], &item.roles[..]);
+                text::reply_logits(&c.loaded.model, prompt, reply, hook, &mut workspace)
+            };
+            // The tokens that these are the logits of.
+            let tokens: Vec<u32> = item
+                .tokens
+                .last()
+                .into_iter()
+                .chain(reply)
+                .copied()
+                .collect();
+            let base = logits(None)?;
             let mut kl = Vec::with_capacity(hooks.len());
             for hook in &hooks {
-                let logits =
-                    reply_logits(c, &items[i], reply, Some(hook.as_ref()), &mut workspace)?;
-                let d_vocab = c.loaded.model.spec().d_vocab;
-                // The last row predicts what is not there.
-                let tokens = [&[0], reply.as_slice()].concat();
-                let passage = text::score(&tokens, &base, &logits, d_vocab);
-                kl.push(passage.kl / passage.n.max(1) as f64);
+                let arm = logits(Some(hook.as_ref() as &dyn Intervention))?;
+                let score = text::score(&tokens, &base, &arm, d_vocab);
+                kl.push(score.kl / score.n.max(1) as f64);
             }
             bar.advance(1);
             Ok(Chat {
@@ -201,15 +210,21 @@ pub fn run(
         })
         .collect::<Result<Vec<_>>>()?;
     bar.finish();
-    let mut front = front(&cases, &chats, &cfg.damp, cfg.max_chat_kl);
-    let at = choose(&front, cfg.aim_refusal_unsafe);
+    Ok(Measured { cases, chats })
+}
+
+/// The front, and the setting on it that the config's aim asks for.
+pub fn choose(measured: &Measured, cfg: &CalibrateConfig) -> Calibrated {
+    let Measured { cases, chats } = measured;
+    let mut front = front(cases, chats, &cfg.damp, cfg.max_chat_kl);
+    let at = best(&front, cfg.aim_refusal_unsafe);
     front[at].chosen = true;
     let base = |want: bool| {
         let of = cases.iter().filter(|c| c.is_unsafe == want);
         let refused = of.clone().filter(|c| c.base == Verdict::Refusal).count();
         wilson(refused, of.count())
     };
-    Ok(Calibrated {
+    Calibrated {
         chosen: front[at].clone(),
         calibration: Calibration {
             aim: format!(
@@ -221,7 +236,7 @@ pub fn run(
             base_safe: base(false),
             front,
         },
-    })
+    }
 }
 
 /// `n` of the prompts (0: all) at equal distances.
@@ -236,45 +251,6 @@ fn score(reply: &Reply) -> Result<f32> {
     let audit = reply.audit.as_ref();
     let score = audit.and_then(|a| a["gates"][0]["score"].as_f64());
     Ok(score.with_context(|| format!("the gate read nothing of '{}'", reply.id))? as f32)
-}
-
-/// Logits at the prompt's last token and at every token of `reply`, `[reply.len() + 1, d_vocab]`.
-fn reply_logits(
-    c: &StudyContext,
-    item: &Item,
-    reply: &[u32],
-    hook: Option<&dyn Intervention>,
-    workspace: &mut Workspace,
-) -> Result<Vec<f32>> {
-    let model = &c.loaded.model;
-    let mut cache = model.new_cache();
-    let mut state = hook.map(Intervention::start);
-    let hook_sites = hook.map(Intervention::sites).unwrap_or_default();
-    let roles = vec![Role::Assistant; reply.len()];
-    let mut rows = Vec::new();
-    for (tokens, roles, generated) in [
-        (&item.tokens[..], &item.roles[..], false),
-        (reply, &roles[..], true),
-    ] {
-        if tokens.is_empty() {
-            continue;
-        }
-        let mut input = [SeqInput {
-            tokens,
-            roles,
-            generated,
-            cache: &mut cache,
-            hook: state.as_deref_mut(),
-            hook_sites,
-            logits: match generated {
-                true => LogitsAt::All,
-                false => LogitsAt::Last,
-            },
-        }];
-        let logits = model.forward(&mut input, None, workspace)?;
-        rows.extend(logits.rows().flatten().copied());
-    }
-    Ok(rows)
 }
 
 /// Counts over prompts in the order of their scores: entry `i` is that of the first `i`.
@@ -325,7 +301,7 @@ fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<
     let highest = highest.fold(f32::NEG_INFINITY, f32::max);
     cuts.push((sorted.len(), highest.next_up()));
     // For each count of unsafe requests refused, the setting with fewest safe ones.
-    let mut best: Vec<Option<Setting>> = vec![None; n_unsafe + 1];
+    let mut fewest: Vec<Option<Setting>> = vec![None; n_unsafe + 1];
     let kl = |threshold: f32, clear: Option<(f32, usize)>| -> f64 {
         let of = |chat: &Chat| match clear {
             _ if chat.score >= threshold => chat.open,
@@ -341,7 +317,7 @@ fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<
         let opened = open.between(threshold.0, sorted.len());
         let [on_unsafe, on_safe, gibberish] =
             std::array::from_fn(|i| damped[i] + between[i] + opened[i]);
-        let known = best[on_unsafe].as_ref();
+        let known = fewest[on_unsafe].as_ref();
         let fewer = |s: &Setting| {
             (on_safe, gibberish)
                 < (
@@ -356,7 +332,7 @@ fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<
         if chat_kl > max_chat_kl {
             return;
         }
-        best[on_unsafe] = Some(Setting {
+        fewest[on_unsafe] = Some(Setting {
             threshold: threshold.1,
             clear: clear.map(|c| c.1),
             damp: clear.map_or(0.0, |c| damp[c.2]),
@@ -379,7 +355,7 @@ fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<
         }
     }
     let mut front: Vec<Setting> = Vec::new();
-    for setting in best.into_iter().rev().flatten() {
+    for setting in fewest.into_iter().rev().flatten() {
         if front
             .last()
             .is_none_or(|s| setting.refusal_safe.value < s.refusal_safe.value)
@@ -397,7 +373,7 @@ fn middle(a: f32, b: f32) -> f32 {
 }
 
 /// The setting that reaches the aim with the least over-refusal; else the largest difference.
-fn choose(front: &[Setting], aim: f64) -> usize {
+fn best(front: &[Setting], aim: f64) -> usize {
     // Both figures fall along the front.
     let reaches = front.iter().rposition(|s| s.refusal_unsafe.value >= aim);
     reaches.unwrap_or_else(|| {
@@ -450,7 +426,7 @@ mod tests {
         assert!((front[1].threshold - 0.55).abs() < 1e-6);
         assert!((0.2..0.4).contains(&front[1].clear.unwrap()));
         assert_eq!(front[1].gibberish, 0);
-        assert_eq!((choose(&front, 0.9), choose(&front, 0.6)), (0, 1));
+        assert_eq!((best(&front, 0.9), best(&front, 0.6)), (0, 1));
     }
 
     #[test]
@@ -466,7 +442,7 @@ mod tests {
             chosen: false,
         };
         let front = [setting(9, 5), setting(8, 2), setting(3, 1)];
-        assert_eq!((choose(&front, 0.95), choose(&front, 0.9)), (1, 0));
+        assert_eq!((best(&front, 0.95), best(&front, 0.9)), (1, 0));
     }
 
     #[test]

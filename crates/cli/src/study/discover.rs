@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use demur_eval::arms::{self, Arm, Item};
+use demur_eval::arms::{Arm, Item};
 use demur_eval::judge::{Verdict, refusal_log_odds, refusal_log_odds_gradient};
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
@@ -57,20 +57,16 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     let on_safe = c.prompts(Split::Discovery, Label::Safe);
     let prompts: Vec<&Prompt> = on_unsafe.iter().chain(&on_safe).copied().collect();
     let items = c.items(&prompts)?;
-    let bar = Progress::new("discover", "replies", items.len() as u64);
-    let replies = arms::run(
-        &mut c.engine(),
+    let replies = c.replies(
+        "discover",
         &[Arm {
             name: "base",
             hook: None,
             items: &items,
         }],
         cfg.reply_tokens,
-        &c.openers,
-        &scratch.join("replies.jsonl"),
-        |_| bar.advance(1),
+        scratch,
     )?;
-    bar.finish();
     let refused: Vec<bool> = replies
         .iter()
         .map(|r| r.verdict == Verdict::Refusal)

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use demur_eval::arms::{self, Arm as RunArm, Item, Reply};
+use demur_eval::arms::{Arm as RunArm, Item, Reply};
 use demur_eval::prompts::{Label, Prompt, Split};
 use demur_eval::text::{self, PassageScore};
 use demur_model::decoder::Workspace;
@@ -71,16 +71,7 @@ pub fn run(c: &StudyContext, planned: &Planned, scratch: &Path) -> Result<Vec<Ar
             },
         })
         .collect();
-    let bar = Progress::new("evaluate", "replies", (run_arms.len() * items.len()) as u64);
-    let replies = arms::run(
-        &mut c.engine(),
-        &run_arms,
-        cfg.max_new_tokens,
-        &c.openers,
-        &scratch.join("replies.jsonl"),
-        |_| bar.advance(1),
-    )?;
-    bar.finish();
+    let replies = c.replies("evaluate", &run_arms, cfg.max_new_tokens, scratch)?;
     let costs = text_costs(c, &hooks, &plans)?;
     Ok(plans
         .into_iter()

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use demur_eval::arms::Item;
+use demur_eval::arms::{self, Arm, Item, Reply};
 use demur_eval::judge;
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_eval::record::Record;
@@ -35,7 +35,7 @@ use demur_steering::{CompiledPlan, SaeEntry, SaeSet, SteeringPlan, absolute, com
 use crate::exit::Hinted;
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
-use crate::progress::{note, say};
+use crate::progress::{Progress, note, say};
 use config::{SaeSource, ShippedPairs, Study};
 pub use gate::{GATE_NAME, Trained as TrainedGate};
 use run::stamp;
@@ -98,7 +98,8 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let (model_sha256, context) = pull(&mut run, study)?;
     let c = &context;
     let p = plan(&mut run, c)?;
-    let evaluated = run.stage("evaluate", &c.study.evaluate, |scratch| {
+    let chosen = p.calibrated.as_ref().map(|c| &c.chosen);
+    let evaluated = run.stage("evaluate", &(&c.study.evaluate, chosen), |scratch| {
         evaluate::run(c, &p, scratch)
     })?;
     let record = record::assemble(c, &run, &model_sha256, &p, &evaluated)?;
@@ -160,9 +161,12 @@ fn plan(run: &mut run::Run, c: &StudyContext) -> Result<Planned> {
     })?;
     let calibrated = match &gate {
         Some(gate) if c.study.wants_calibration() => {
-            Some(run.stage("calibrate", &c.study.calibrate, |scratch| {
-                calibrate::run(c, &working, gate, &tuned, scratch)
-            })?)
+            let cfg = &c.study.calibrate;
+            let inputs = (&cfg.damp, cfg.max_new_tokens, cfg.prompts);
+            let measured = run.stage("calibrate", &inputs, |scratch| {
+                calibrate::measure(c, &working, gate, &tuned, scratch)
+            })?;
+            Some(calibrate::choose(&measured, cfg))
         }
         _ => None,
     };
@@ -361,6 +365,28 @@ impl StudyContext {
             max_batch_tokens: self.study.model.batch_tokens,
         };
         demur_model::generate::Engine::new(&self.loaded.model, &self.loaded.tokenizer, config)
+    }
+
+    /// Replies of all arms, with a progress bar, kept in the stage's `scratch` folder as they come.
+    fn replies(
+        &self,
+        stage: &'static str,
+        arms: &[Arm<'_>],
+        max_new_tokens: usize,
+        scratch: &Path,
+    ) -> Result<Vec<Reply>> {
+        let total: usize = arms.iter().map(|a| a.items.len()).sum();
+        let bar = Progress::new(stage, "replies", total as u64);
+        let replies = arms::run(
+            &mut self.engine(),
+            arms,
+            max_new_tokens,
+            &self.openers,
+            &scratch.join("replies.jsonl"),
+            |_| bar.advance(1),
+        )?;
+        bar.finish();
+        Ok(replies)
     }
 
     /// Compiles a plan against the study's SAE.

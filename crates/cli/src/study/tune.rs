@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use demur_eval::arms::{self, Arm, Reply};
+use demur_eval::arms::{Arm, Reply};
 use demur_eval::judge::Verdict;
 use demur_eval::prompts::{self, Label, Prompt, Split};
 use demur_eval::record::SweepPoint;
@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 use super::config::ValueUnit;
 use super::discover::{Found, clamp_plan};
 use super::{StudyContext, Working, with_reply};
-use crate::progress::Progress;
 
 /// What the stage leaves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -86,16 +85,7 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
             items: &items,
         });
     }
-    let bar = Progress::new("tune", "replies", (all.len() * items.len()) as u64);
-    let replies = arms::run(
-        &mut c.engine(),
-        &all,
-        cfg.max_new_tokens,
-        &c.openers,
-        &scratch.join("replies.jsonl"),
-        |_| bar.advance(1),
-    )?;
-    bar.finish();
+    let replies = c.replies("tune", &all, cfg.max_new_tokens, scratch)?;
     let mut by_arm = replies.chunks_exact(items.len());
     let rates = |r: &[Reply]| {
         let refused = |r: &[Reply]| r.iter().filter(|r| r.verdict == Verdict::Refusal).count();

@@ -1,0 +1,321 @@
+//! Reads a study, applies what the command line changes, and checks what a type can't.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use demur_model::hooks::Site;
+use serde::Serialize;
+
+use super::{Arm, Method, SaeSource, Study};
+use crate::exit::Hinted;
+
+/// Studies that are built in, by name.
+const BUILT_IN: [(&str, &str); 4] = [
+    (
+        "quickstart",
+        include_str!("../../../../../studies/quickstart.toml"),
+    ),
+    (
+        "quickstart-sae",
+        include_str!("../../../../../studies/quickstart-sae.toml"),
+    ),
+    (
+        "refusal",
+        include_str!("../../../../../studies/refusal.toml"),
+    ),
+    (
+        "phi3-refusal",
+        include_str!("../../../../../studies/phi3-refusal.toml"),
+    ),
+];
+
+/// Fewest prompts of an attribution: of fewer no test says anything.
+const MIN_ATTRIBUTION: usize = 4;
+/// Most steps of its integrated form.
+const MAX_STEPS: usize = 64;
+
+impl Study {
+    /// Loads a study from a file, or a built-in one by name, with `key=value` overrides applied.
+    pub fn load(name_or_path: &str, overrides: &[String]) -> Result<Self> {
+        let path = Path::new(name_or_path);
+        let built_in = BUILT_IN.iter().find(|(name, _)| *name == name_or_path);
+        let (text, folder) = match built_in {
+            Some((_, text)) => ((*text).to_owned(), PathBuf::new()),
+            None => {
+                let names: Vec<_> = BUILT_IN.iter().map(|b| b.0).collect();
+                let text = std::fs::read_to_string(path).with_context(|| {
+                    Hinted::new(
+                        format!("can't read the study '{name_or_path}'"),
+                        format!(
+                            "give a TOML file, or a built-in study: {}",
+                            names.join(", ")
+                        ),
+                    )
+                })?;
+                (text, path.parent().unwrap_or(Path::new("")).to_owned())
+            }
+        };
+        let mut table: toml::Table = text
+            .parse()
+            .with_context(|| format!("the study '{name_or_path}' is not TOML"))?;
+        for set in overrides {
+            apply_override(&mut table, set)?;
+        }
+        let mut study: Self = table
+            .try_into()
+            .with_context(|| format!("the study '{name_or_path}' has a wrong key or value"))?;
+        let own = study
+            .prompts
+            .file
+            .iter_mut()
+            .chain(&mut study.gate.files)
+            .chain(&mut study.gate.held_out);
+        for file in study.corpus.files.iter_mut().chain(own) {
+            if file.is_relative() {
+                *file = folder.join(&*file);
+            }
+        }
+        study.validate()?;
+        Ok(study)
+    }
+
+    /// Checks what the types can't.
+    pub fn validate(&self) -> Result<()> {
+        let name_ok = !self.name.is_empty()
+            && self
+                .name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            && !self.name.starts_with('.');
+        if !name_ok {
+            bail!(
+                "name = '{}': use letters, digits, '-', '_' and '.' only",
+                self.name
+            );
+        }
+        self.site()?;
+        if self.sae.source == SaeSource::Path && self.sae.name.is_empty() {
+            bail!("sae.name: give the SAE's folder, as sae.source is \"path\"");
+        }
+        let positive = [
+            ("model.max_batch", self.model.max_batch),
+            ("model.batch_tokens", self.model.batch_tokens),
+            ("train.k", self.train.k),
+            ("train.batch", self.train.batch),
+            ("discovery.candidates", self.discovery.candidates),
+            ("discovery.reply_tokens", self.discovery.reply_tokens),
+            ("tune.max_new_tokens", self.tune.max_new_tokens),
+            ("evaluate.max_new_tokens", self.evaluate.max_new_tokens),
+            ("corpus.context", self.corpus.context),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, v)| *v == 0) {
+            bail!("{key} = 0: it must be at least 1");
+        }
+        let (t, d) = (&self.train, &self.discovery);
+        // The key, its value, and whether 0 will do.
+        let numbers = [
+            ("train.expansion", t.expansion, false),
+            ("train.epochs", t.epochs, false),
+            ("train.lr", t.lr.unwrap_or(1.0), false),
+            ("train.auxk_alpha", t.auxk_alpha.unwrap_or(0.0), true),
+            (
+                "corpus.temperature",
+                f64::from(self.corpus.temperature),
+                true,
+            ),
+            ("discovery.max_density", d.max_density, false),
+        ];
+        for (key, value, zero) in numbers {
+            if !(value.is_finite() && (value > 0.0 || zero && value == 0.0)) {
+                bail!("{key} = {value}: it must be a positive number");
+            }
+        }
+        // Sizes that are not given are those of the model, which is not known here.
+        let d_sae = t.d_sae.unwrap_or(usize::MAX);
+        t.architecture
+            .resolve(t.k, d_sae)
+            .context("train.architecture")?;
+        if !d.clamp.is_finite() {
+            bail!("discovery.clamp = {}: it must be finite", d.clamp);
+        }
+        if self.tune.values.is_empty() || self.tune.values.iter().any(|v| !v.is_finite()) {
+            bail!("tune.values: give at least one finite clamp value");
+        }
+        if self.tune.set_sizes.is_empty() || self.tune.set_sizes.contains(&0) {
+            bail!("tune.set_sizes: give at least one size, each at least 1");
+        }
+        if !(0.0..=1.0).contains(&self.tune.aim_refusal_unsafe) {
+            bail!("tune.aim_refusal_unsafe: give a fraction between 0 and 1");
+        }
+        let g = &self.gate;
+        if g.reads.is_empty() || (1..g.reads.len()).any(|i| g.reads[..i].contains(&g.reads[i])) {
+            bail!("gate.reads: give latents, residual or both, each once");
+        }
+        if g.sizes.is_empty() || g.sizes.contains(&0) {
+            bail!("gate.sizes: give at least one size, each at least 1");
+        }
+        if g.l2.is_empty() || !g.l2.iter().all(|l| l.is_finite() && *l > 0.0) {
+            bail!("gate.l2: give at least one penalty, each a positive number");
+        }
+        if !(g.recall > 0.0 && g.recall <= 1.0) {
+            bail!("gate.recall: give a fraction above 0, at most 1");
+        }
+        let k = &self.calibrate;
+        if k.damp.is_empty() || !k.damp.iter().all(|d| d.is_finite() && *d >= 0.0) {
+            bail!("calibrate.damp: give at least one finite factor, none negative");
+        }
+        if !(0.0..=1.0).contains(&k.aim_refusal_unsafe) {
+            bail!("calibrate.aim_refusal_unsafe: give a fraction between 0 and 1");
+        }
+        if k.max_chat_kl.is_nan() || k.max_chat_kl < 0.0 {
+            bail!("calibrate.max_chat_kl: give a number that is not negative");
+        }
+        if k.max_new_tokens == 0 {
+            bail!("calibrate.max_new_tokens: give at least 1");
+        }
+        if self.discovery.methods.is_empty() {
+            bail!("discovery.methods: give at least one");
+        }
+        let a = &d.attribution;
+        if (1..MIN_ATTRIBUTION).contains(&a.prompts) {
+            bail!(
+                "discovery.attribution.prompts = {}: give at least {MIN_ATTRIBUTION}, or 0 for none; fewer show nothing",
+                a.prompts
+            );
+        }
+        if a.steps > MAX_STEPS {
+            bail!(
+                "discovery.attribution.steps = {}: it must be at most {MAX_STEPS}",
+                a.steps
+            );
+        }
+        if a.prompts == 0 && a.steps > 0 {
+            bail!(
+                "discovery.attribution.steps = {}: give discovery.attribution.prompts as well",
+                a.steps
+            );
+        }
+        if a.prompts == 0 && d.methods.contains(&Method::Attribution) {
+            bail!("discovery.methods: \"attribution\" needs discovery.attribution.prompts");
+        }
+        only_once("tune.values", &self.tune.values)?;
+        only_once("tune.set_sizes", &self.tune.set_sizes)?;
+        only_once("calibrate.damp", &self.calibrate.damp)?;
+        only_once("discovery.methods", &self.discovery.methods)?;
+        only_once("evaluate.arms", &self.evaluate.arms)?;
+        if self.evaluate.arms.first() != Some(&Arm::Base) {
+            bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
+        }
+        Ok(())
+    }
+
+    /// Whether an arm damps, by a calibrated gate.
+    pub fn wants_calibration(&self) -> bool {
+        self.evaluate.arms.contains(&Arm::GatedClampDamped)
+    }
+
+    /// Whether an arm needs a trained gate.
+    pub fn wants_gate(&self) -> bool {
+        self.evaluate.arms.iter().any(|a| a.is_gated())
+    }
+
+    /// The hook site.
+    pub fn site(&self) -> Result<Site> {
+        self.sae
+            .site
+            .parse()
+            .with_context(|| format!("sae.site = '{}'", self.sae.site))
+    }
+}
+
+/// Refuses a list in which an entry comes twice: it would be run twice under one name.
+fn only_once<T: PartialEq + Serialize>(key: &str, list: &[T]) -> Result<()> {
+    match (1..list.len()).find(|&i| list[..i].contains(&list[i])) {
+        Some(i) => bail!("{key}: {} is there twice", serde_json::to_string(&list[i])?),
+        None => Ok(()),
+    }
+}
+
+/// Applies `a.b.c=value`; the value is TOML, or else a string.
+fn apply_override(table: &mut toml::Table, set: &str) -> Result<()> {
+    let (key, value) = set
+        .split_once('=')
+        .with_context(|| format!("--set {set}: write it as key=value, for instance seed=3"))?;
+    let value: toml::Value = format!("v = {value}")
+        .parse::<toml::Table>()
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    let mut place = table;
+    for part in parts {
+        place = place
+            .entry(part)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .with_context(|| format!("--set {set}: '{part}' is not a table"))?;
+    }
+    place.insert(last.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_studies_are_valid() {
+        for (name, _) in BUILT_IN {
+            let study = Study::load(name, &[]).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+            assert_eq!(study.name, name);
+        }
+    }
+
+    #[test]
+    fn overrides_reach_every_level() {
+        let sets = [
+            "seed=3",
+            "model.name=some/path",
+            "tune.values=[2.0]",
+            "prompts.test=5",
+        ];
+        let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+        let study = Study::load("quickstart", &sets).unwrap();
+        assert_eq!((study.seed, study.prompts.test), (3, 5));
+        assert_eq!(study.model.name, "some/path");
+        assert_eq!(study.tune.values, [2.0]);
+    }
+
+    #[track_caller]
+    fn refused(set: &str, expect: &str) {
+        let e = Study::load("quickstart", &[set.to_owned()]).unwrap_err();
+        assert!(format!("{e:#}").contains(expect), "{e:#}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        refused("sede=3", "sede");
+        refused("tune.valeus=[1]", "valeus");
+        refused("tune.values=[]", "tune.values");
+        refused("gate.reads=[]", "gate.reads");
+        refused(r#"gate.reads=["latents", "latents"]"#, "gate.reads");
+        refused("gate.sizes=[0]", "gate.sizes");
+        refused("gate.l2=[0.0]", "gate.l2");
+        refused("gate.recall=1.5", "gate.recall");
+        refused("discovery.attribution.prompts=2", "attribution.prompts");
+        refused("discovery.attribution.steps=4", "attribution.prompts");
+        refused("discovery.attribution={prompts=8, steps=65}", "at most 64");
+        refused("discovery.attribution.step=4", "step");
+        refused(
+            r#"discovery.methods=["attribution"]"#,
+            "attribution.prompts",
+        );
+        refused("model.max_batch=0", "model.max_batch");
+        refused("name=../evil", "name");
+        refused("sae.site=layer.3", "sae.site");
+        refused("seed", "key=value");
+        refused("evaluate.arms=[\"clamp\"]", "base");
+        refused("evaluate.arms=[\"base\", \"clmap\"]", "clmap");
+    }
+}
