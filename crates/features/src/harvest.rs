@@ -1,14 +1,18 @@
 //! Harvest: from token sequences to rows of the residual stream.
 //!
 //! Sequences are packed, without padding, into batches of about `batch_tokens`; the forward pass
-//! stops at the site, so later layers and the output head cost nothing. Rows are handed over a
-//! sequence at a time, in the order of the input, and are not kept.
+//! stops at the site, so later layers and the output head cost nothing. What all begin with (a chat's
+//! template and system prompt) is run once. Rows are handed over a sequence at a time, in the order of the
+//! input, and are not kept.
 
 pub use demur_kernels::linear::Products;
-use demur_model::decoder::{Capture, LogitsAt, Model, SeqInput, Workspace};
+use demur_model::decoder::{Capture, KvCache, LogitsAt, Model, SeqInput, Workspace};
 use demur_model::hooks::{Role, Site};
 
 use crate::error::FeatureError;
+
+/// Fewer tokens that all begin with are not worth a pass of their own.
+const MIN_SHARED: usize = 8;
 
 /// Tokens with their roles, and where they are from.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,46 +71,145 @@ pub fn harvest_sites(
 ) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
     let mut workspace = Workspace::default();
+    let mut capture = Capture {
+        sites: sites.to_vec(),
+        stop_after_last: true,
+        products,
+        rows: Vec::new(),
+    };
+    let mut start = model.new_cache();
+    let shared = shared(model, sequences);
+    if shared > 0 {
+        let first = &sequences[0];
+        let input = input(
+            (&first.tokens[..shared], &first.roles[..shared]),
+            &mut start,
+        );
+        model.forward(&mut [input], Some(&mut capture), &mut workspace)?;
+    }
+    // For each site the rows of what is shared, then those of a sequence's own tokens.
+    let mut whole: Vec<Vec<f32>> = match shared {
+        0 => vec![Vec::new(); sites.len()],
+        _ => std::mem::take(&mut capture.rows),
+    };
+    let own = |s: &Sequence| s.tokens.len() - shared;
     let mut first = 0;
     while first < sequences.len() {
         let mut end = first;
         let mut total = 0;
         while end < sequences.len()
-            && (end == first || total + sequences[end].tokens.len() <= batch_tokens)
+            && (end == first || total + own(&sequences[end]) <= batch_tokens)
         {
-            total += sequences[end].tokens.len();
+            total += own(&sequences[end]);
             end += 1;
         }
         let batch = &sequences[first..end];
-        let mut caches: Vec<_> = batch.iter().map(|_| model.new_cache()).collect();
-        let mut inputs: Vec<SeqInput<'_>> = batch
-            .iter()
-            .zip(&mut caches)
-            .map(|(s, cache)| SeqInput {
-                tokens: &s.tokens,
-                roles: &s.roles,
-                generated: false,
-                cache,
-                hook: None,
-                hook_sites: &[],
-                logits: LogitsAt::None,
-            })
+        let mut caches: Vec<_> = batch.iter().map(|_| start.clone()).collect();
+        let inputs = batch.iter().zip(&mut caches);
+        let mut inputs: Vec<SeqInput<'_>> = inputs
+            .map(|(s, cache)| input((&s.tokens[shared..], &s.roles[shared..]), cache))
             .collect();
-        let mut capture = Capture {
-            sites: sites.to_vec(),
-            stop_after_last: true,
-            products,
-            rows: Vec::new(),
-        };
         model.forward(&mut inputs, Some(&mut capture), &mut workspace)?;
         let mut at = 0;
         for (i, s) in batch.iter().enumerate() {
-            let end = at + s.tokens.len() * d;
-            let rows: Vec<&[f32]> = capture.rows.iter().map(|r| &r[at..end]).collect();
+            let end = at + own(s) * d;
+            for (whole, rows) in whole.iter_mut().zip(&capture.rows) {
+                whole.truncate(shared * d);
+                whole.extend_from_slice(&rows[at..end]);
+            }
+            let rows: Vec<&[f32]> = whole.iter().map(Vec::as_slice).collect();
             consume(first + i, &rows)?;
             at = end;
         }
         first = end;
     }
     Ok(())
+}
+
+/// New tokens, with their roles, of a sequence that is only read.
+fn input<'a>((tokens, roles): (&'a [u32], &'a [Role]), cache: &'a mut KvCache) -> SeqInput<'a> {
+    SeqInput {
+        tokens,
+        roles,
+        generated: false,
+        cache,
+        hook: None,
+        hook_sites: &[],
+        logits: LogitsAt::None,
+    }
+}
+
+/// How many tokens all sequences begin with, in the same roles, so that they are run once; 0 where that is
+/// not worth a pass, or where a sequence is so long that its rotary frequencies are others.
+fn shared(model: &Model, sequences: &[Sequence]) -> usize {
+    let Some((first, rest)) = sequences.split_first() else {
+        return 0;
+    };
+    let longest = sequences.iter().map(|s| s.tokens.len()).max();
+    let original = model.spec().original_context();
+    if rest.is_empty() || original.is_some_and(|most| longest > Some(most)) {
+        return 0;
+    }
+    let common = |most: usize, s: &Sequence| {
+        let most = most.min(s.tokens.len().saturating_sub(1));
+        let same = |i: &usize| s.tokens[*i] == first.tokens[*i] && s.roles[*i] == first.roles[*i];
+        (0..most).take_while(same).count()
+    };
+    let most = first.tokens.len().saturating_sub(1);
+    match rest.iter().fold(most, common) {
+        n if n >= MIN_SHARED => n,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use demur_kernels::linear::Precision;
+    use demur_model::checkpoint::Checkpoint;
+
+    use super::*;
+
+    #[test]
+    fn a_shared_beginning_changes_no_bit() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/models/qwen2");
+        let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
+        let model = Model::load(&checkpoint, Precision::Fast).unwrap();
+        let sites = [Site::post(0), Site::post(1)];
+        let sequence = |i: u32| {
+            let own = (0..3 + i).map(|j| 40 + 7 * i + j);
+            let tokens: Vec<u32> = (1..=10).chain(own).collect();
+            Sequence {
+                source: i.to_string(),
+                roles: vec![Role::User; tokens.len()],
+                tokens,
+            }
+        };
+        let sequences: Vec<Sequence> = (0..5).map(sequence).collect();
+        let rows_of = |sequences: &[Sequence]| {
+            let mut all = Vec::new();
+            let keep = |_, rows: &[&[f32]]| {
+                all.push(rows.concat());
+                Ok(())
+            };
+            harvest_sites(&model, &sites, sequences, 16, Products::Int8, keep).unwrap();
+            all
+        };
+        assert_eq!(shared(&model, &sequences), 10);
+        let together = rows_of(&sequences);
+        for (s, rows) in sequences.iter().zip(&together) {
+            let alone = std::slice::from_ref(s);
+            assert_eq!(shared(&model, alone), 0);
+            assert_eq!(rows.len(), 2 * s.tokens.len() * model.spec().d_model);
+            assert!(rows_of(alone)[0] == *rows, "{}", s.source);
+        }
+        // Another role where the texts are the same is another beginning.
+        let mut other = sequences.clone();
+        other[4].roles[8] = Role::System;
+        assert_eq!(shared(&model, &other), 8);
+        other[4].roles[7] = Role::System;
+        assert_eq!(shared(&model, &other), 0);
+    }
 }

@@ -28,7 +28,7 @@
 //!
 //! A task takes some panels, unpacks them to a byte an integer and f32 factors (`panel.rs`), and lets
 //! strips of activations pass; what is unpacked stays in the L2 cache. For a few rows AVX-512 unpacks in
-//! registers instead.
+//! registers instead, for a single one AVX2 does.
 //!
 //! Where it is asked for ([`Products::Bf16`]) and there is AMX, both operands are bf16 instead (`bf16.rs`).
 
@@ -63,8 +63,14 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) const PANEL: usize = 16;
 /// The most rows of activations that pass together.
 const STRIP: usize = 2 * TILE;
-/// With no more rows than these, AVX-512 unpacks in registers.
-const IN_REGISTERS: usize = 32;
+/// With no more rows than these, integers are unpacked in registers.
+fn in_registers() -> usize {
+    match isa() {
+        Isa::Avx512 | Isa::Amx => 32,
+        Isa::Avx2 => 1,
+        Isa::Portable => 0,
+    }
+}
 
 /// Sums of two panels for a strip, `[panel][row]`.
 type Sums = [[Row; STRIP]; 2];
@@ -259,7 +265,7 @@ impl<'a> Ready<'a> {
                 scratch.dequantise(w, panels);
                 Way::Bf16(bf16::Configured::new())
             }
-            _ if n <= IN_REGISTERS && isa() >= Isa::Avx512 => Way::Packed,
+            _ if n <= in_registers() => Way::Packed,
             _ => {
                 scratch.unpack(w, panels, true);
                 Way::Unpacked
@@ -287,7 +293,7 @@ impl<'a> Ready<'a> {
                 for (panel, sums) in panels.zip(sums) {
                     #[cfg(target_arch = "x86_64")]
                     if x.rows == 1 {
-                        vnni::one(w, panel, x, &mut sums[0]);
+                        w.one(panel, x, &mut sums[0]);
                         continue;
                     }
                     self.scratch.unpack(w, panel..panel + 1, false);
@@ -522,6 +528,16 @@ impl Packed {
                 }
             }
         });
+    }
+
+    /// The sums of one panel for a single row, from what is packed.
+    #[cfg(target_arch = "x86_64")]
+    fn one(&self, panel: usize, x: Tile<'_>, sums: &mut Row) {
+        if isa() >= Isa::Avx512 {
+            vnni::one(self, panel, x, sums);
+        } else {
+            avx2::one(self, panel, x, sums);
+        }
     }
 
     /// The sums of one panel for the activation rows of a tile.

@@ -20,6 +20,8 @@ use crate::hooks::{InterventionState, Role, Site};
 pub struct KvCache {
     pub(super) layers: Vec<(CacheRows, CacheRows)>, // [len, n_kv_heads, d_head] each
     pub(super) len: usize,
+    /// Layers that saw all the tokens: fewer after a pass that stopped early.
+    pub(super) depth: usize,
     pub(super) expected: usize,
 }
 
@@ -65,7 +67,7 @@ impl KvCache {
         }
         self.layers
             .extend_from_slice(&other.layers[self.layers.len()..]);
-        (self.len, self.expected) = (other.len, other.expected);
+        (self.len, self.depth, self.expected) = (other.len, other.depth, other.expected);
     }
 
     /// Bytes that it holds, room for growth included.
@@ -109,8 +111,8 @@ pub struct SeqInput<'a> {
 pub struct Capture {
     /// The sites.
     pub sites: Vec<Site>,
-    /// Stop after the last of them: later layers and the head are not computed, there are no
-    /// logits, and the caches do not advance.
+    /// Stop after the last of them: later layers and the head are not computed, and there are no
+    /// logits. From the caches only a pass goes on that stops no later.
     pub stop_after_last: bool,
     /// How packed weights are multiplied in this pass. The caches it leaves are of the same arithmetic.
     pub products: Products,

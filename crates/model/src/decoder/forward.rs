@@ -11,6 +11,12 @@ use crate::error::ModelError;
 use crate::hooks::{Point, Rows, Site};
 use crate::spec::LayerSpec;
 
+/// The site after which a pass ends early.
+fn stops_at(capture: Option<&Capture>) -> Option<Site> {
+    let early = capture.filter(|c| c.stop_after_last)?;
+    early.sites.iter().map(|s| s.canonical()).max()
+}
+
 impl Model {
     /// Runs the new tokens of every sequence through the model.
     ///
@@ -23,14 +29,17 @@ impl Model {
         mut capture: Option<&mut Capture>,
         ws: &'w mut Workspace,
     ) -> Result<Logits<'w>, ModelError> {
-        self.check(seqs, capture.as_deref())?;
+        let stop = stops_at(capture.as_deref());
+        let depth = stop.map_or(self.spec.n_layers, |site| match site.point {
+            Point::Pre => site.layer,
+            Point::Mid | Point::Post => site.layer + 1,
+        });
+        self.check(seqs, capture.as_deref(), depth)?;
         self.embed(seqs, ws)?;
         ws.products = capture.as_deref().map(|c| c.products).unwrap_or_default();
-        let stop = capture.as_deref_mut().and_then(|c| {
+        if let Some(c) = capture.as_deref_mut() {
             c.rows = vec![Vec::with_capacity(ws.x.len()); c.sites.len()];
-            let last = c.sites.iter().map(|s| s.canonical()).max();
-            last.filter(|_| c.stop_after_last)
-        });
+        }
         let ropes = self.ropes(seqs);
         // Runs hooks and captures; says whether that was the last thing to do.
         let mut visit = |layer, point, seqs: &mut [SeqInput<'_>], x: &mut [f32]| {
@@ -56,16 +65,22 @@ impl Model {
                 stopped = visit(i, Point::Post, seqs, &mut ws.x);
             }
         }
+        for s in seqs.iter_mut() {
+            s.cache.depth = depth;
+            s.cache.len += s.tokens.len();
+        }
         if stopped {
             return Ok(Logits::default());
-        }
-        for s in seqs.iter_mut() {
-            s.cache.len += s.tokens.len();
         }
         Ok(self.head(seqs, ws))
     }
 
-    fn check(&self, seqs: &[SeqInput<'_>], capture: Option<&Capture>) -> Result<(), ModelError> {
+    fn check(
+        &self,
+        seqs: &[SeqInput<'_>],
+        capture: Option<&Capture>,
+        depth: usize, // layers whose attention runs
+    ) -> Result<(), ModelError> {
         let spec = &self.spec;
         for s in seqs {
             if s.tokens.is_empty() || s.tokens.len() != s.roles.len() {
@@ -95,6 +110,17 @@ impl Model {
                     reason: "the cache is of another model; use Model::new_cache".to_owned(),
                 });
             }
+        }
+        if let Some(s) = seqs
+            .iter()
+            .find(|s| !s.cache.is_empty() && s.cache.depth < depth)
+        {
+            return Err(ModelError::Request {
+                reason: format!(
+                    "the cache holds the first {} of {} layers, after a pass that stopped there; go on from it to no later site",
+                    s.cache.depth, spec.n_layers
+                ),
+            });
         }
         for site in capture.iter().flat_map(|c| &c.sites) {
             site.check(spec.n_layers)?;

@@ -266,11 +266,41 @@ fn capture_sees_what_later_layers_see() {
         "the logit lens of the last site is the output"
     );
 
-    // Stopping early captures the same, computes no logits, and leaves the cache as it was.
-    let (early, none, mut cache) = run(true, 1.5);
-    assert!(early == pushed && none.is_empty() && cache.is_empty());
+    // Stopping early captures the same and computes no logits.
+    let (early, none, _) = run(true, 1.5);
+    assert!(early == pushed && none.is_empty());
+
+    // What goes on from such a cache to the same site is as in one pass; further it can't.
+    let mut cache = model.new_cache();
+    let mut parts = vec![Vec::new(); sites.len()];
+    for part in [&t[..2], &t[2..]] {
+        let mut capture = Capture {
+            sites: sites.clone(),
+            stop_after_last: true,
+            ..Capture::default()
+        };
+        forward(&model, part, &mut cache, None, Some(&mut capture));
+        for (all, rows) in parts.iter_mut().zip(capture.rows) {
+            all.extend(rows);
+        }
+    }
+    assert!(parts == plain && cache.len() == t.len());
+    let input = SeqInput {
+        tokens: &t[..1],
+        roles: &[Role::User],
+        generated: false,
+        cache: &mut cache,
+        hook: None,
+        hook_sites: &[],
+        logits: LogitsAt::Last,
+    };
+    let mut ws = Workspace::default();
+    let further = model.forward(&mut [input], None, &mut ws);
+    let e = further.unwrap_err().to_string();
+    assert!(e.contains("the first 1 of"), "{e}");
+    cache.clear();
     let after = forward(&model, &t, &mut cache, None, None);
-    assert!(after == logits, "a cache that saw an early stop is as new");
+    assert!(after == logits, "cleared, it is as new");
 }
 
 #[test]
