@@ -25,6 +25,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
+use demur_eval::record::CurvePoint;
 use demur_sae::SaeConfig;
 use demur_sae::train::StepStats;
 use serde_json::{Value, json};
@@ -33,6 +34,8 @@ use crate::study::write_atomic;
 
 /// One JSON object a step.
 pub const METRICS: &str = "metrics.jsonl";
+/// Points of a curve.
+const POINTS: usize = 100;
 /// Found by TensorBoard by the first two parts of its name.
 pub const EVENTS: &str = "events.out.tfevents.demur";
 /// The mark of the format, in the first record.
@@ -99,6 +102,28 @@ impl TrainingLog {
         self.metrics.sync_all()?;
         Ok(self.events.sync_all()?)
     }
+}
+
+/// The course of a training of so many `steps`, from its metrics in `folder`: about a hundred points.
+pub fn curve(folder: &Path, steps: usize) -> Result<Vec<CurvePoint>> {
+    let path = folder.join(METRICS);
+    let bytes = read(&path)?;
+    let every = (steps / POINTS).max(1);
+    let mut curve = Vec::new();
+    for line in bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        let s: StepStats =
+            serde_json::from_slice(line).with_context(|| format!("read {}", path.display()))?;
+        if s.step.is_multiple_of(every) || s.step == steps {
+            curve.push(CurvePoint {
+                step: s.step,
+                fvu: s.fvu,
+                loss: s.loss,
+                dead: s.dead,
+                lr: s.lr,
+            });
+        }
+    }
+    Ok(curve)
 }
 
 /// What a log holds; nothing if there is none yet.

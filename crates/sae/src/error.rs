@@ -30,6 +30,14 @@ pub enum SaeError {
         /// The sum expected.
         expected: String,
     },
+    /// A state of a training run is not as it was written.
+    #[error("{path}: this state of the training is damaged: {reason}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// How that is known.
+        reason: String,
+    },
     /// Numbers that don't fit together.
     #[error("{field} = {value}: {rule}")]
     Config {

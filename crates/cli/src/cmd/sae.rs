@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use demur_eval::record::HeldOut;
 use demur_sae::formats::{self, sparsify};
 use demur_sae::saelens::{self, WeightType};
 use serde_json::json;
@@ -11,7 +12,7 @@ use crate::cmd::study::load;
 use crate::exit;
 use crate::progress::say;
 use crate::study::config::SaeSource;
-use crate::study::{Options, train_only};
+use crate::study::{Options, sae_folder, train_only};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -23,6 +24,8 @@ const EXAMPLES: &str = "\
 Examples:
   demur sae train                                the SAE that demur ships, trained again
   demur sae train my.toml --set train.k=64       that of a study of your own
+  demur sae train my.toml --set train.saes='[{name=\"k64\", k=64}, {name=\"l6\", site=\"layers.6\"}]'
+                                                 and two more from the same pass over the model
   demur sae info runs/quickstart-sae/train/sae   what it is, its sums checked
   demur sae info params.npz                      of any format that is read
   demur sae convert ae.pt my-sae                 to the SAELens layout
@@ -33,7 +36,7 @@ Training that was stopped goes on where it was: run the same command again.";
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Train the SAE of a study: its stages pull, harvest and train.
+    /// Train the SAE of a study, and those in its list `train.saes`: its stages pull, harvest and train.
     #[command(after_help = EXAMPLES)]
     Train {
         /// A TOML file, or a built-in study: quickstart, quickstart-sae, refusal, phi3-refusal.
@@ -45,7 +48,8 @@ enum Action {
         /// Folder for runs.
         #[arg(long, default_value = "runs", value_name = "DIR")]
         runs: PathBuf,
-        /// Print one JSON object: folder, sha256, sizes, and quality on held-out chats and text.
+        /// Print one JSON object: folder, sha256, sizes, and quality on held-out chats and text, and in
+        /// `saes` the same of each that was trained beside it.
         #[arg(long)]
         json: bool,
     },
@@ -118,19 +122,32 @@ fn train(name: &str, sets: &[String], runs: PathBuf, as_json: bool) -> Result<()
     let mut study = load(name, sets)?;
     study.sae.source = SaeSource::Train;
     exit::say_how_to_go_on();
-    let (folder, trained) = train_only(study, &Options { runs, from: None })?;
+    let (stage, trained) = train_only(study, &Options { runs, from: None })?;
+    let folder = |name: &str| sae_folder(&stage, name).join("sae");
     if as_json {
+        let beside = trained.saes.iter().map(|s| {
+            json!({
+                "name": s.name, "folder": folder(&s.name), "site": s.site, "sha256": s.sha256,
+                "d_sae": s.d_sae, "k": s.k, "chat": s.chat, "text": s.text,
+            })
+        });
         return say(json!({
-            "folder": folder, "sha256": trained.sha256, "d_sae": trained.d_sae, "k": trained.k,
+            "folder": folder(""), "sha256": trained.sha256, "d_sae": trained.d_sae, "k": trained.k,
             "trained_on_tokens": trained.trained_on_tokens,
-            "chat": trained.chat, "text": trained.text,
+            "chat": trained.chat, "text": trained.text, "saes": beside.collect::<Vec<_>>(),
         }));
     }
-    say(folder.display())?;
-    say(format_args!(
-        "  {} latents, k = {}; held out: FVU {:.3} on chats, {:.3} on text",
-        trained.d_sae, trained.k, trained.chat.fvu.value, trained.text.fvu.value
-    ))
+    let line = |name: &str, d_sae: usize, k: usize, chat: &HeldOut, text: &HeldOut| {
+        say(folder(name).display())?;
+        say(format_args!(
+            "  {d_sae} latents, k = {k}; held out: FVU {:.3} on chats, {:.3} on text",
+            chat.fvu.value, text.fvu.value
+        ))
+    };
+    let t = &trained;
+    line("", t.d_sae, t.k, &t.chat, &t.text)?;
+    let mut saes = t.saes.iter();
+    saes.try_for_each(|s| line(&s.name, s.d_sae, s.k, &s.chat, &s.text))
 }
 
 fn info(path: &Path, as_json: bool) -> Result<()> {

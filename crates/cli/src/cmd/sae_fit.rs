@@ -1,22 +1,19 @@
 //! `demur sae fit`: an SAE on harvested activations.
 
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use demur_sae::metrics::QualityMeter;
 use demur_sae::saelens::{self, WeightType};
-use demur_sae::train::{Precision, Rows, ScaledRows, StepStats, TrainConfig, Trainer};
+use demur_sae::train::{Checkpoints, Input, Precision, Rows, Schedule, TrainConfig};
 use demur_sae::{SaeConfig, activations};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::architecture::{ArchitectureConfig, auxk_alpha};
 use crate::exit;
-use crate::progress::{Progress, say};
-use crate::training_log::TrainingLog;
+use crate::progress::say;
+use crate::training::{Job, Parts, SiteRows, Training};
 
-/// What training needs to go on, in the output's folder.
-const STATE: &str = "state.bin";
 /// Rows that are coded together when quality is measured.
 const HELD_OUT_ROWS: usize = 1024;
 
@@ -27,7 +24,7 @@ pub struct Args {
     /// Another, to measure quality on.
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
-    /// Folder for `sae/`, `metrics.jsonl`, a TensorBoard event file, and the state until training has ended.
+    /// Folder for `sae/`, `metrics.jsonl`, a TensorBoard event file, and the states until training has ended.
     #[arg(long, short, default_value = "fit")]
     out: PathBuf,
     /// Latents for each dimension of the activations.
@@ -79,6 +76,10 @@ pub struct Args {
     /// Steps between states that a stopped run goes on from.
     #[arg(long, default_value_t = 200)]
     checkpoint_every: usize,
+    /// States that are kept: if the newest is damaged, the one before is used. Each takes 24 bytes times
+    /// d_model times d_sae.
+    #[arg(long, default_value_t = 3)]
+    checkpoints: usize,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -91,9 +92,10 @@ pub fn run(args: &Args) -> Result<()> {
         data: &file.data,
         d_model: d,
     };
-    let mut rows = ScaledRows::new(rows, args.outlier, args.seed);
-    let batch = args.batch.min(rows.len().max(1));
-    let steps = (rows.len() / batch) as f64 * args.epochs;
+    let input = Input::of(rows, args.outlier);
+    let batch = args.batch.min(input.kept.max(1));
+    let steps = (input.kept / batch) as f64 * args.epochs;
+    let schedule = Schedule::of(vec![input.kept / batch], steps as usize);
     let d_sae = args.d_sae.unwrap_or(d * args.expansion);
     let architecture = args.architecture.resolve(args.k, d_sae)?;
     let cfg = TrainConfig {
@@ -105,13 +107,13 @@ pub fn run(args: &Args) -> Result<()> {
             model_name: file.model.unwrap_or_default(),
         },
         batch,
-        steps: (steps as usize).max(1),
+        steps: schedule.steps(),
         lr: args.lr,
         warmup_steps: args.warmup,
         decay: args.decay,
         auxk_alpha: auxk_alpha(args.auxk_alpha, &architecture),
         architecture,
-        dead_after: args.dead_after.unwrap_or(rows.len() as u64),
+        dead_after: args.dead_after.unwrap_or(input.kept as u64),
         outlier: args.outlier,
         seed: args.seed,
         precision: match args.f32 {
@@ -121,25 +123,38 @@ pub fn run(args: &Args) -> Result<()> {
         clip: args.clip,
     };
     std::fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
-    let state = args.out.join(STATE);
-    let mut trainer = if state.exists() {
-        Trainer::resume(&state, &cfg)?
-    } else {
-        Trainer::new(cfg.clone(), &rows)?
+    let states = Checkpoints::new(&args.out, args.checkpoints);
+    let job = Job {
+        cfg,
+        site: 0,
+        folder: args.out.clone(),
+    };
+    let site = SiteRows {
+        input,
+        schedule,
+        batch,
     };
     exit::say_how_to_go_on();
-    let started = (trainer.steps_done(), Instant::now());
-    let last = train(args, &cfg, &mut trainer, &mut rows, &state)?;
-    let seconds = started.1.elapsed().as_secs_f64();
+    let mut data = file.data;
+    let mut parts = Parts::new(1, d, Box::new(|_, _| Ok(vec![std::mem::take(&mut data)])));
+    let ended = Training {
+        jobs: std::slice::from_ref(&job),
+        sites: std::slice::from_ref(&site),
+        seed: args.seed,
+        states: &states,
+        checkpoint_every: args.checkpoint_every,
+    }
+    .run(&mut parts)?;
+    let (cfg, last) = (&job.cfg, &ended.last[0]);
     let training = json!({
-        "rows": rows.len(), "steps": cfg.steps, "batch": batch, "epochs": args.epochs,
+        "rows": input.kept, "steps": cfg.steps, "batch": batch, "epochs": args.epochs,
         "seed": args.seed, "architecture": cfg.architecture, "final_fvu": last["fvu"], "demur": env!("CARGO_PKG_VERSION"),
     });
-    let sae = trainer.finish()?;
+    let sae = ended.trainers[0].finish()?;
     let folder = args.out.join("sae");
     saelens::save(&sae, &folder, WeightType::F32, &training)?;
     // Only now: a run that is killed before this line goes on from it.
-    std::fs::remove_file(&state).with_context(|| format!("remove {}", state.display()))?;
+    states.clear()?;
     let held_out = match &args.held_out {
         Some(path) => {
             let held = activations::load(path)?;
@@ -154,7 +169,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         None => None,
     };
-    let rate = ((cfg.steps - started.0) * batch) as f64 / seconds;
+    let rate = (ended.steps * batch) as f64 / ended.seconds;
     if args.json {
         return say(json!({
             "folder": folder, "steps": cfg.steps, "batch": batch, "d_sae": cfg.sae.d_sae,
@@ -171,34 +186,4 @@ pub fn run(args: &Args) -> Result<()> {
         Some(q) => say(format_args!("  held out: FVU {:.4}, L0 {:.1}", q.fvu, q.l0)),
         None => Ok(()),
     }
-}
-
-/// The steps that are left; returns the last line of the metrics.
-fn train(
-    args: &Args,
-    cfg: &TrainConfig,
-    trainer: &mut Trainer,
-    rows: &mut ScaledRows<'_>,
-    state: &Path,
-) -> Result<Value> {
-    let done = trainer.steps_done();
-    let (mut log, mut last) = TrainingLog::open(&args.out, done, &cfg.sae)?;
-    let bar = Progress::new("train", "steps", cfg.steps as u64);
-    bar.advance(trainer.steps_done() as u64);
-    let mut x = Vec::new();
-    while trainer.steps_done() < cfg.steps {
-        rows.batch(trainer.steps_done(), cfg.batch, &mut x);
-        let clock = Instant::now();
-        let s: StepStats = trainer.step(&x);
-        last = log.add(&s, cfg.batch as f64 / clock.elapsed().as_secs_f64())?;
-        bar.advance(1);
-        bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
-        let due = s.step.is_multiple_of(args.checkpoint_every.max(1));
-        if due || s.step == cfg.steps {
-            log.sync()?;
-            trainer.save(state)?;
-        }
-    }
-    bar.finish();
-    Ok(last)
 }

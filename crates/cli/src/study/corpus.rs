@@ -1,39 +1,45 @@
-//! Stage `harvest`: text for the SAE, and its activations.
+//! Stage `harvest`: text for the SAE, as tokens. Activations are made of it where they are needed.
 //!
 //! Always: held-out chats (the model's own replies to ordinary requests) and passages, on which the
-//! SAE is judged. If the study trains an SAE: on-policy chats and files besides, run up to the site,
-//! their rows written to `activations.f32`.
+//! SAE is judged. If the study trains SAEs: on-policy chats and files besides, in `texts.jsonl`, with
+//! the positions that are trained on.
+//!
+//! Files are read side by side: the next text is one of the file that has least tokens for its weight,
+//! until there are `corpus.max_tokens`.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::arms::{self, Arm, Item};
 use demur_eval::files::{self, Lines};
 use demur_eval::prompts::{self, Prompt, Split};
-use demur_features::FeatureError;
-use demur_features::harvest::{Products, Sequence, harvest};
+use demur_features::harvest::Sequence;
 use demur_model::chat::Message;
 use demur_model::generate::{Request, Sampling};
 use demur_model::hooks::Role;
 use demur_model::tokenizer::Special;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::config::SaeSource;
 use super::{StudyContext, with_reply, write_atomic};
-use crate::progress::Progress;
+use crate::progress::{Progress, note};
 
 /// Reply length of held-out chats, tokens.
 const HELD_OUT_REPLY: usize = 32;
 /// Held-out chats.
 const HELD_OUT_CHATS: usize = 24;
+/// What is trained on, in the stage's folder.
+pub const TEXTS: &str = "texts.jsonl";
 
 /// What the stage leaves: counts; the sequences and rows are in its folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Corpus {
     pub train_sequences: usize,
-    /// Rows in `activations.f32`: all tokens but the first of each sequence.
+    /// Tokens that are trained on: those of the roles asked for, but the first of each sequence.
     pub train_rows: usize,
     pub held_out_chat: usize,
     pub held_out_text: usize,
@@ -45,6 +51,54 @@ struct Line {
     source: String,
     tokens: Vec<u32>,
     roles: Vec<Role>,
+}
+
+/// A sequence that is trained on, as it is on disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Text {
+    pub source: String,
+    pub tokens: Vec<u32>,
+    /// The positions that are trained on: from, and up to but without.
+    rows: Vec<(usize, usize)>,
+}
+
+impl Text {
+    /// Of a sequence, the tokens that `is_wanted` by their role, but the first.
+    fn of(s: Sequence, is_wanted: impl Fn(Role) -> bool) -> Self {
+        let mut rows: Vec<(usize, usize)> = Vec::new();
+        for (at, role) in s.roles.iter().enumerate().skip(1) {
+            match rows.last_mut() {
+                _ if !is_wanted(*role) => {}
+                Some((_, end)) if *end == at => *end += 1,
+                _ => rows.push((at, at + 1)),
+            }
+        }
+        Self {
+            source: s.source,
+            tokens: s.tokens,
+            rows,
+        }
+    }
+
+    /// The positions that are trained on.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.rows.iter().map(|(from, to)| *from..*to)
+    }
+
+    /// How many they are.
+    pub fn n_rows(&self) -> usize {
+        self.ranges().map(|r| r.len()).sum()
+    }
+
+    /// Whether its positions are there, in order.
+    fn is_sound(&self) -> bool {
+        let mut before = 0;
+        self.rows.iter().all(|&(from, to)| {
+            let sound = before <= from && from < to && to <= self.tokens.len();
+            before = to;
+            sound
+        })
+    }
 }
 
 pub fn run(c: &StudyContext, scratch: &Path) -> Result<Corpus> {
@@ -66,6 +120,7 @@ pub fn run(c: &StudyContext, scratch: &Path) -> Result<Corpus> {
         HELD_OUT_REPLY,
         &c.openers,
         &scratch.join("held_out.jsonl"),
+        |n| bar.resume(n as u64),
         |_| bar.advance(1),
     )?;
     bar.finish();
@@ -84,9 +139,10 @@ pub fn run(c: &StudyContext, scratch: &Path) -> Result<Corpus> {
         held_out_text: texts.len(),
     };
     if c.study.sae.source == SaeSource::Train {
-        let sequences = training_text(c, &benign, scratch)?;
-        corpus.train_sequences = sequences.len();
-        corpus.train_rows = write_activations(c, &sequences, &scratch.join("activations.f32"))?;
+        let texts = training_texts(c, &benign, scratch)?;
+        corpus.train_sequences = texts.len();
+        corpus.train_rows = texts.iter().map(Text::n_rows).sum();
+        write_lines(&scratch.join(TEXTS), &texts)?;
     }
     Ok(corpus)
 }
@@ -115,9 +171,10 @@ fn text_sequence(c: &StudyContext, source: &str, text: &str) -> Result<Sequence>
 }
 
 /// On-policy chats, then files, up to the limit of tokens.
-fn training_text(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result<Vec<Sequence>> {
+fn training_texts(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result<Vec<Text>> {
     let corpus = &c.study.corpus;
-    let mut sequences = Vec::new();
+    let is_wanted = |role| corpus.roles.contains(&role);
+    let mut texts = Vec::new();
     if corpus.on_policy {
         let asked: Vec<&Prompt> = benign
             .iter()
@@ -129,16 +186,17 @@ fn training_text(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result<
             )
             .collect();
         let items = c.items(&asked)?;
-        sequences.extend(on_policy(c, &items, &scratch.join("on_policy.jsonl"))?);
+        let chats = on_policy(c, &items, &scratch.join("on_policy.jsonl"))?;
+        texts.extend(chats.into_iter().map(|s| Text::of(s, is_wanted)));
     }
-    let mut total: usize = sequences.iter().map(|s| s.tokens.len()).sum();
-    for file in &corpus.files {
-        read_file(c, file, &mut total, &mut sequences)?;
+    read_files(c, &mut texts)?;
+    texts.retain(|t| t.n_rows() > 0);
+    if texts.is_empty() {
+        bail!(
+            "the corpus is empty: set corpus.on_policy = true or give corpus.files, and roles that they have"
+        );
     }
-    if sequences.is_empty() {
-        bail!("the corpus is empty: set corpus.on_policy = true or give corpus.files");
-    }
-    Ok(sequences)
+    Ok(texts)
 }
 
 /// Samples replies; each is written when it ends, so a killed run keeps them.
@@ -210,104 +268,133 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
     Ok(sequences.into_iter().flatten().collect())
 }
 
-/// Adds the texts and chats of a JSONL file.
-fn read_file(
-    c: &StudyContext,
-    file: &Path,
-    total: &mut usize,
-    sequences: &mut Vec<Sequence>,
-) -> Result<()> {
+/// A file of the corpus while it is read.
+struct Source {
+    name: String,
+    lines: Lines<Box<dyn Read>>,
+    weight: f64,
+    /// Tokens taken of it.
+    tokens: usize,
+    ended: bool,
+}
+
+/// Adds the texts and chats of the files, by their weights.
+fn read_files(c: &StudyContext, texts: &mut Vec<Text>) -> Result<()> {
+    let corpus = &c.study.corpus;
+    if corpus.files.is_empty() {
+        return Ok(());
+    }
+    let open = |(i, file): (usize, &std::path::PathBuf)| {
+        let name = file.display().to_string();
+        Ok(Source {
+            lines: Lines::new(&name, files::open(file)?, u64::MAX),
+            name,
+            weight: corpus.weights.get(i).copied().unwrap_or(1.0),
+            tokens: 0,
+            ended: false,
+        })
+    };
+    let mut sources: Vec<Source> = corpus
+        .files
+        .iter()
+        .enumerate()
+        .map(open)
+        .collect::<Result<_>>()?;
+    let mut total: usize = texts.iter().map(|t| t.tokens.len()).sum();
+    let bar = Progress::new("read", "tokens", corpus.max_tokens as u64);
+    bar.resume(total.min(corpus.max_tokens) as u64);
+    while total < corpus.max_tokens
+        && let Some(source) = next_source(&mut sources)
+    {
+        let Some((number, line)) = source.lines.next_line()? else {
+            source.ended = true;
+            continue;
+        };
+        let text = read_line(c, source, number, &line)?;
+        source.tokens += text.tokens.len();
+        total += text.tokens.len();
+        bar.advance(text.tokens.len() as u64);
+        texts.push(text);
+    }
+    bar.finish();
+    for s in &sources {
+        let (tokens, name, end) = (s.tokens, &s.name, if s.ended { ", all it has" } else { "" });
+        note(format_args!(
+            "{:<12} {tokens} tokens of {name}{end}",
+            "read"
+        ));
+    }
+    Ok(())
+}
+
+/// The source that has least for its weight, of those that have more; the first, if there are several.
+fn next_source(sources: &mut [Source]) -> Option<&mut Source> {
+    let share = |s: &Source| s.tokens as f64 / s.weight;
+    let left = sources.iter_mut().filter(|s| !s.ended);
+    left.min_by(|a, b| share(a).total_cmp(&share(b)))
+}
+
+/// A text, or a chat.
+fn read_line(c: &StudyContext, source: &Source, number: usize, line: &[u8]) -> Result<Text> {
     #[derive(Deserialize)]
     struct Row {
         text: Option<String>,
         messages: Option<Vec<Message>>,
     }
-    let name = file.display().to_string();
-    let mut lines = Lines::new(&name, files::open(file)?, u64::MAX);
-    while *total < c.study.corpus.max_tokens
-        && let Some((number, line)) = lines.next_line()?
-    {
-        let row: Row = serde_json::from_slice(&line).map_err(|e| lines.wrong(number, e))?;
-        let source = format!("{name}:{number}");
-        let mut s = match (row.text, row.messages) {
-            (Some(text), _) => text_sequence(c, &source, &text)?,
-            (None, Some(messages)) => {
-                let chat = c
-                    .loaded
-                    .chat()?
-                    .encode(&c.loaded.tokenizer, &messages, false)?;
-                Sequence {
-                    source,
-                    tokens: chat.ids,
-                    roles: chat.roles,
-                }
-            }
-            (None, None) => bail!("{source}: it has neither 'text' nor 'messages'"),
-        };
-        s.tokens.truncate(c.study.corpus.context);
-        s.roles.truncate(c.study.corpus.context);
-        *total += s.tokens.len();
-        sequences.push(s);
+    let corpus = &c.study.corpus;
+    let row: Row = serde_json::from_slice(line).map_err(|e| source.lines.wrong(number, e))?;
+    let place = format!("{}:{number}", source.name);
+    match (row.text, row.messages) {
+        (Some(text), _) => Ok(Text::of(text_sequence(c, &place, &text)?, |_| true)),
+        (None, Some(messages)) => {
+            let chat = c
+                .loaded
+                .chat()?
+                .encode(&c.loaded.tokenizer, &messages, false)
+                .with_context(|| place.clone())?;
+            let mut s = Sequence {
+                source: place,
+                tokens: chat.ids,
+                roles: chat.roles,
+            };
+            s.tokens.truncate(corpus.context);
+            s.roles.truncate(corpus.context);
+            Ok(Text::of(s, |role| corpus.roles.contains(&role)))
+        }
+        (None, None) => bail!("{place}: it has neither 'text' nor 'messages'"),
     }
-    Ok(())
-}
-
-/// Runs sequences to the site and writes the rows of all tokens but the first of each, f32. The file
-/// appears when it is whole.
-fn write_activations(c: &StudyContext, sequences: &[Sequence], path: &Path) -> Result<usize> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let temp = tempfile::NamedTempFile::new_in(folder)?;
-    let mut out = BufWriter::new(temp.as_file().try_clone()?);
-    let d = c.loaded.model.spec().d_model;
-    let total: usize = sequences.iter().map(|s| s.tokens.len()).sum();
-    let bar = Progress::new("harvest", "tokens", total as u64);
-    let mut rows = 0;
-    let mut failed = None;
-    let run = harvest(
-        &c.loaded.model,
-        c.site,
-        sequences,
-        c.study.model.batch_tokens,
-        Products::Bf16,
-        |_, x| {
-            let bytes: Vec<u8> = x[d..].iter().flat_map(|v| v.to_le_bytes()).collect();
-            if let Err(e) = out.write_all(&bytes) {
-                failed = Some(e);
-                return Err(FeatureError::Interrupted);
-            }
-            rows += x.len() / d - 1;
-            bar.advance((x.len() / d) as u64);
-            Ok(())
-        },
-    );
-    if let Some(e) = failed {
-        return Err(e).with_context(|| format!("write {}", path.display()));
-    }
-    run?;
-    out.flush()?;
-    temp.as_file().sync_all()?;
-    temp.persist(path)?;
-    bar.finish();
-    Ok(rows)
 }
 
 fn write_sequences(path: &Path, sequences: &[Sequence]) -> Result<()> {
-    let mut text = String::new();
-    for s in sequences {
-        let line = Line {
-            source: s.source.clone(),
-            tokens: s.tokens.clone(),
-            roles: s.roles.clone(),
-        };
-        text.push_str(&serde_json::to_string(&line)?);
-        text.push('\n');
+    let line = |s: &Sequence| Line {
+        source: s.source.clone(),
+        tokens: s.tokens.clone(),
+        roles: s.roles.clone(),
+    };
+    write_lines(path, &sequences.iter().map(line).collect::<Vec<_>>())
+}
+
+fn write_lines(path: &Path, lines: &[impl Serialize]) -> Result<()> {
+    let mut text = Vec::new();
+    for line in lines {
+        serde_json::to_writer(&mut text, line)?;
+        text.push(b'\n');
     }
-    write_atomic(path, text.as_bytes())
+    write_atomic(path, &text)
+}
+
+/// What is trained on, as [`run`] wrote it.
+pub fn read_texts(path: &Path) -> Result<Vec<Text>> {
+    let texts: Vec<Text> = read_lines(path)?;
+    match texts.iter().find(|t| !t.is_sound()) {
+        Some(t) => bail!("{}: '{}' has no such positions", path.display(), t.source),
+        None => Ok(texts),
+    }
 }
 
 /// Sequences that a former stage wrote.
 pub fn read_sequences(path: &Path) -> Result<Vec<Sequence>> {
-    let lines = read_lines(path)?;
+    let lines: Vec<Line> = read_lines(path)?;
     let sequence = |l: Line| Sequence {
         source: l.source,
         tokens: l.tokens,
@@ -317,7 +404,7 @@ pub fn read_sequences(path: &Path) -> Result<Vec<Sequence>> {
 }
 
 /// Whole lines; a torn last one, of a killed run, is left out and cut off.
-fn read_lines(path: &Path) -> Result<Vec<Line>> {
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     // Bytes: a torn line may end within a character.
     let text = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
     let whole = text
@@ -338,4 +425,63 @@ fn read_lines(path: &Path) -> Result<Vec<Line>> {
             serde_json::from_slice(l).with_context(|| format!("{}:{}", path.display(), i + 1))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(weight: f64, tokens: usize, ended: bool) -> Source {
+        Source {
+            name: String::new(),
+            lines: Lines::new("", Box::new(std::io::empty()), 0),
+            weight,
+            tokens,
+            ended,
+        }
+    }
+
+    #[test]
+    fn files_are_read_by_their_weights() {
+        let mut sources = vec![source(1.0, 0, false), source(3.0, 0, false)];
+        let mut order = Vec::new();
+        for _ in 0..400 {
+            let s = next_source(&mut sources).unwrap();
+            s.tokens += 10;
+            order.push(s.weight as usize);
+        }
+        assert_eq!(order[..5], [1, 3, 3, 3, 1]);
+        assert_eq!((sources[0].tokens, sources[1].tokens), (1000, 3000));
+        sources[1].ended = true;
+        assert_eq!(next_source(&mut sources).unwrap().weight, 1.0);
+        sources[0].ended = true;
+        assert!(next_source(&mut sources).is_none());
+    }
+
+    #[test]
+    fn a_text_says_which_positions_are_trained_on() {
+        use Role::{Assistant as A, Template as T, User as U};
+        let text = |wanted: &[Role]| {
+            let roles = vec![T, T, U, U, T, A, A, A];
+            let s = Sequence {
+                source: "s".to_owned(),
+                tokens: (0..8).collect(),
+                roles,
+            };
+            Text::of(s, |r| wanted.contains(&r))
+        };
+        assert_eq!(text(&[T, U, A]).rows, [(1, 8)]);
+        assert_eq!(text(&[U, A]).rows, [(2, 4), (5, 8)]);
+        assert_eq!(text(&[T]).rows, [(1, 2), (4, 5)]);
+        assert!(text(&[Role::System]).rows.is_empty());
+        assert_eq!(text(&[U, A]).n_rows(), 5);
+        let with = |rows: &[(usize, usize)]| Text {
+            rows: rows.to_vec(),
+            ..text(&[])
+        };
+        assert!(with(&[(1, 3), (3, 8)]).is_sound());
+        for rows in [&[(1, 9)][..], &[(3, 3)], &[(4, 5), (1, 2)], &[(5, 2)]] {
+            assert!(!with(rows).is_sound(), "{rows:?}");
+        }
+    }
 }

@@ -1,35 +1,35 @@
-//! Stage `train`: an SAE, trained or loaded, and how well it reconstructs what it has not seen.
+//! Stage `train`: the study's SAE, trained or loaded, those trained beside it, and how well each
+//! reconstructs what it has not seen.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::record::{CurvePoint, HeldOut};
 use demur_eval::stats::{Estimate, ratio};
-use demur_features::harvest::{Products, Sequence, harvest};
+use demur_features::harvest::{Products, Sequence, harvest_sites};
+use demur_model::hooks::Site;
 use demur_sae::metrics::QualityMeter;
 use demur_sae::saelens::{self, WeightType};
-use demur_sae::train::{Precision, Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{Checkpoints, Input, Precision, Rows, Schedule, TrainConfig};
 use demur_sae::{Sae, SaeConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::config::SaeSource;
+use super::config::{SaeSource, SaeToTrain};
 use super::corpus::{Corpus, read_sequences};
-use super::{StudyContext, shipped};
+use super::stream::Stream;
+use super::{StudyContext, shipped, write_atomic};
 use crate::architecture::auxk_alpha;
-use crate::progress::Progress;
-use crate::training_log::TrainingLog;
+use crate::training::{Job, Parts, SiteRows, Training};
+use crate::training_log::curve;
 
-/// Steps between checkpoints.
-const CHECKPOINT_EVERY: usize = 100;
-/// What training needs to go on, in the stage's folder.
-const STATE: &str = "state.bin";
 /// Rows whose norm exceeds this many medians are attention sinks.
 pub const OUTLIER: f32 = 10.0;
+/// What was found out of the first part's rows, of each site, in the stage's folder.
+const INPUT: &str = "input.json";
 
-/// What the stage leaves; the SAE is in its folder if it was trained.
+/// What the stage leaves; the SAEs are in its folder if they were trained.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Trained {
     pub sha256: String,
@@ -39,13 +39,29 @@ pub struct Trained {
     pub chat: HeldOut,
     pub text: HeldOut,
     pub curve: Vec<CurvePoint>,
+    /// Those trained beside it.
+    pub saes: Vec<TrainedBeside>,
+}
+
+/// An SAE that was trained beside the study's own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TrainedBeside {
+    pub name: String,
+    pub site: String,
+    pub sha256: String,
+    pub d_sae: usize,
+    pub k: usize,
+    pub chat: HeldOut,
+    pub text: HeldOut,
 }
 
 pub fn run(c: &StudyContext, corpus: &Corpus, harvest: &Path, scratch: &Path) -> Result<Trained> {
-    let mut curve = Vec::new();
     let mut tokens = Some(corpus.train_rows as u64);
+    let (mut course, mut beside) = (Vec::new(), Vec::new());
     if c.study.sae.source == SaeSource::Train {
-        curve = train(c, corpus, &harvest.join("activations.f32"), scratch)?;
+        course = train(c, corpus, harvest, scratch)?;
+        beside = c.study.saes()?;
+        beside.remove(0); // the study's own
     }
     let sae = load(c, scratch)?;
     if sae.d_model() != c.loaded.model.spec().d_model {
@@ -67,18 +83,46 @@ pub fn run(c: &StudyContext, corpus: &Corpus, harvest: &Path, scratch: &Path) ->
     if c.study.sae.source == SaeSource::Path {
         tokens = None;
     }
-    let trained = Trained {
-        sha256,
-        d_sae: sae.d_sae(),
-        k: sae.cfg().k,
-        trained_on_tokens: tokens,
-        chat: quality(c, &sae, &read_sequences(&harvest.join("chat.jsonl"))?)?,
-        text: quality(c, &sae, &read_sequences(&harvest.join("text.jsonl"))?)?,
-        curve,
+    let (d_sae, k) = (sae.d_sae(), sae.cfg().k);
+    let mut all = vec![(c.site, sae)];
+    for s in &beside {
+        let sae = saelens::load(&folder(scratch, &s.name).join("sae"))?;
+        all.push((site(c, s)?, Arc::new(sae)));
+    }
+    let mut chat = quality(c, &all, &read_sequences(&harvest.join("chat.jsonl"))?)?.into_iter();
+    let mut text = quality(c, &all, &read_sequences(&harvest.join("text.jsonl"))?)?.into_iter();
+    let mut held_out = || {
+        chat.next()
+            .zip(text.next())
+            .context("an SAE was not measured")
     };
+    let own = held_out()?;
+    let measured = |(s, (site, sae)): (&SaeToTrain, &(Site, Arc<Sae>))| {
+        let (chat, text) = held_out()?;
+        Ok(TrainedBeside {
+            name: s.name.clone(),
+            site: site.to_string(),
+            sha256: saelens::weights_sha256(&folder(scratch, &s.name).join("sae"))?,
+            d_sae: sae.d_sae(),
+            k: sae.cfg().k,
+            chat,
+            text,
+        })
+    };
+    let saes = beside.iter().zip(&all[1..]).map(measured);
+    let saes = saes.collect::<Result<_>>()?;
     // Only now: a run that is killed before this line does not train again.
-    let _ = std::fs::remove_file(scratch.join(STATE));
-    Ok(trained)
+    Checkpoints::new(scratch, 1).clear()?;
+    Ok(Trained {
+        sha256,
+        d_sae,
+        k,
+        trained_on_tokens: tokens,
+        chat: own.0,
+        text: own.1,
+        curve: course,
+        saes,
+    })
 }
 
 /// The SAE of this study.
@@ -91,145 +135,166 @@ pub fn load(c: &StudyContext, scratch: &Path) -> Result<Arc<Sae>> {
     Ok(Arc::new(sae))
 }
 
+/// Where an SAE and its logs go; the study's own has no name.
+pub fn folder(scratch: &Path, name: &str) -> PathBuf {
+    match name {
+        "" => scratch.to_owned(),
+        name => scratch.join("saes").join(name),
+    }
+}
+
+/// The site of an SAE, in this model.
+fn site(c: &StudyContext, sae: &SaeToTrain) -> Result<Site> {
+    let site = sae.site.check(c.loaded.model.spec().n_layers);
+    site.with_context(|| sae.place())
+}
+
+/// Trains the study's own SAE and those beside it; returns the course of its own.
 fn train(
     c: &StudyContext,
     corpus: &Corpus,
-    activations: &Path,
+    harvest: &Path,
     scratch: &Path,
 ) -> Result<Vec<CurvePoint>> {
     let t = &c.study.train;
     let d = c.loaded.model.spec().d_model;
-    let bytes =
-        std::fs::read(activations).with_context(|| format!("read {}", activations.display()))?;
-    if bytes.len() != corpus.train_rows * d * 4 {
-        bail!(
-            "{} has been cut; run with --from harvest",
-            activations.display()
-        );
-    }
-    let data: Vec<f32> = bytes
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
+    let saes = c.study.saes()?;
+    let places: Vec<Site> = saes.iter().map(|s| site(c, s)).collect::<Result<_>>()?;
+    let mut sites = places.clone();
+    sites.sort_unstable();
+    sites.dedup();
+    let stream = Stream::open(c, &sites, corpus, harvest)?;
+    let rows = stream.rows();
+    let mut parts = Parts::new(rows.len(), d, Box::new(|part, bar| stream.fill(part, bar)));
+    let sites_rows: Vec<SiteRows> = inputs(&mut parts, &sites, scratch)?
+        .into_iter()
+        .map(|input| {
+            let batch = t.batch.min(input.kept.max(1));
+            SiteRows {
+                input,
+                schedule: Schedule::new(&rows, &input, batch, t.epochs),
+                batch,
+            }
+        })
         .collect();
-    drop(bytes);
-    let mut rows = ScaledRows::new(
-        Rows {
-            data: &data,
-            d_model: d,
-        },
-        OUTLIER,
-        c.study.seed,
-    );
-    let batch = t.batch.min(rows.len().max(1));
-    let steps = ((rows.len() as f64 * t.epochs) / batch as f64)
-        .ceil()
-        .max(1.0) as usize;
-    let d_sae = t.d_sae.unwrap_or((d as f64 * t.expansion) as usize);
-    let architecture = t
-        .architecture
-        .resolve(t.k, d_sae)
-        .context("train.architecture")?;
-    let cfg = TrainConfig {
-        sae: SaeConfig {
-            d_model: d,
-            d_sae,
-            k: t.k,
-            hook_name: c.site.to_string(),
-            model_name: c.study.model.name.clone(),
-        },
-        batch,
-        steps,
-        lr: t.lr,
-        warmup_steps: t.warmup_steps.min(steps / 5 + 1),
-        decay: 0.25,
-        auxk_alpha: auxk_alpha(t.auxk_alpha, &architecture),
-        architecture,
-        dead_after: rows.len() as u64,
-        outlier: OUTLIER,
-        seed: c.study.seed,
-        precision: Precision::default(),
-        clip: None,
-    };
-    let state = scratch.join(STATE);
-    let curve_file = scratch.join("curve.json");
-    let mut trainer = match Trainer::resume(&state, &cfg) {
-        Ok(trainer) => trainer,
-        Err(_) => Trainer::new(cfg.clone(), &rows)?,
-    };
-    let mut curve: Vec<CurvePoint> = std::fs::read(&curve_file)
-        .ok()
-        .and_then(|b| serde_json::from_slice(&b).ok())
-        .unwrap_or_default();
-    curve.retain(|p: &CurvePoint| p.step <= trainer.steps_done());
-    let (mut log, _) = TrainingLog::open(scratch, trainer.steps_done(), &cfg.sae)?;
-    let bar = Progress::new("train", "steps", steps as u64);
-    bar.advance(trainer.steps_done() as u64);
-    let mut x = Vec::new();
-    while trainer.steps_done() < steps {
-        rows.batch(trainer.steps_done(), batch, &mut x);
-        let clock = Instant::now();
-        let s = trainer.step(&x);
-        log.add(&s, batch as f64 / clock.elapsed().as_secs_f64())?;
-        bar.advance(1);
-        bar.message(format!("fvu {:.3}  dead {:.0} %", s.fvu, 100.0 * s.dead));
-        if s.step % (steps / 100).max(1) == 0 || s.step == steps {
-            curve.push(CurvePoint {
-                step: s.step,
-                fvu: s.fvu,
-                loss: s.loss,
-                dead: s.dead,
-                lr: s.lr,
-            });
-        }
-        if s.step % CHECKPOINT_EVERY == 0 || s.step == steps {
-            log.sync()?;
-            super::write_atomic(&curve_file, &serde_json::to_vec(&curve)?)?;
-            trainer.save(&state)?;
-        }
+    let mut jobs = Vec::new();
+    for (s, place) in saes.iter().zip(&places) {
+        let site = sites.iter().position(|site| site == place).unwrap_or(0);
+        let of_site = &sites_rows[site];
+        let (steps, d_sae) = (of_site.schedule.steps(), s.d_sae(d));
+        let architecture = s
+            .architecture
+            .resolve(s.k, d_sae)
+            .with_context(|| s.place())?;
+        let cfg = TrainConfig {
+            sae: SaeConfig {
+                d_model: d,
+                d_sae,
+                k: s.k,
+                hook_name: place.to_string(),
+                model_name: c.study.model.name.clone(),
+            },
+            batch: of_site.batch,
+            steps,
+            lr: s.lr,
+            warmup_steps: t.warmup_steps.min(steps / 5 + 1),
+            decay: 0.25,
+            auxk_alpha: auxk_alpha(s.auxk_alpha, &architecture),
+            architecture,
+            dead_after: t.dead_after.unwrap_or(of_site.input.kept as u64),
+            outlier: OUTLIER,
+            seed: s.seed,
+            precision: Precision::default(),
+            clip: None,
+        };
+        jobs.push(Job {
+            cfg,
+            site,
+            folder: folder(scratch, &s.name),
+        });
     }
-    bar.finish();
-    let training = json!({
-        "tokens": corpus.train_rows,
-        "steps": steps,
-        "batch": batch,
-        "epochs": t.epochs,
-        "seed": c.study.seed,
-        "study": c.study.name,
-        "final_fvu": curve.last().map(|p| p.fvu),
-        "demur": env!("CARGO_PKG_VERSION"),
-    });
-    saelens::save(
-        &trainer.finish()?,
-        &scratch.join("sae"),
-        WeightType::F16,
-        &training,
-    )?;
-    Ok(curve)
+    let ended = Training {
+        jobs: &jobs,
+        sites: &sites_rows,
+        seed: c.study.seed,
+        states: &Checkpoints::new(scratch, t.checkpoints),
+        checkpoint_every: t.checkpoint_every,
+    }
+    .run(&mut parts)?;
+    for ((job, trainer), s) in jobs.iter().zip(&ended.trainers).zip(&saes) {
+        let training = json!({
+            "tokens": corpus.train_rows,
+            "steps": job.cfg.steps,
+            "batch": job.cfg.batch,
+            "epochs": t.epochs,
+            "seed": job.cfg.seed,
+            "study": c.study.name,
+            "final_fvu": curve(&job.folder, job.cfg.steps)?.last().map(|p| p.fvu),
+            "demur": env!("CARGO_PKG_VERSION"),
+        });
+        let sae = trainer.finish().with_context(|| s.place())?;
+        saelens::save(&sae, &job.folder.join("sae"), WeightType::F16, &training)?;
+    }
+    curve(scratch, jobs[0].cfg.steps)
 }
 
-/// Quality on sequences, without attention sinks: the first token of each and rows of abnormal norm.
-fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOut> {
-    let d = sae.d_model();
-    let (mut data, mut owner) = (Vec::new(), Vec::new());
-    let tokens = c.study.model.batch_tokens;
-    harvest(
+/// What training has to know of the rows of each site: by the first part, unless that was done before.
+fn inputs(parts: &mut Parts<'_>, sites: &[Site], scratch: &Path) -> Result<Vec<Input>> {
+    let file = scratch.join(INPUT);
+    let before = std::fs::read(&file).ok();
+    let before = before.and_then(|b| serde_json::from_slice::<Vec<(String, Input)>>(&b).ok());
+    let names = || sites.iter().map(Site::to_string);
+    // What is broken is found out again, which gives the same.
+    if let Some(before) = before
+        && before.iter().map(|(name, _)| name.clone()).eq(names())
+    {
+        return Ok(before.into_iter().map(|(_, input)| input).collect());
+    }
+    let rows = parts.get(0, None)?;
+    let inputs: Vec<Input> = rows.iter().map(|r| Input::of(*r, OUTLIER)).collect();
+    let named: Vec<_> = names().zip(&inputs).collect();
+    write_atomic(&file, &serde_json::to_vec_pretty(&named)?)?;
+    Ok(inputs)
+}
+
+/// The quality of SAEs on sequences, without attention sinks: the first token of each and rows of abnormal
+/// norm.
+fn quality(
+    c: &StudyContext,
+    saes: &[(Site, Arc<Sae>)],
+    sequences: &[Sequence],
+) -> Result<Vec<HeldOut>> {
+    let d = c.loaded.model.spec().d_model;
+    let mut sites: Vec<Site> = saes.iter().map(|s| s.0).collect();
+    sites.sort_unstable();
+    sites.dedup();
+    let mut rows: Vec<Vec<f32>> = vec![Vec::new(); sites.len()];
+    let mut owner = Vec::new();
+    harvest_sites(
         &c.loaded.model,
-        c.site,
+        &sites,
         sequences,
-        tokens,
+        c.study.model.batch_tokens,
         Products::Int8,
         |i, x| {
-            data.extend_from_slice(&x[d.min(x.len())..]);
-            owner.resize(data.len() / d, i);
+            for (rows, x) in rows.iter_mut().zip(x) {
+                rows.extend_from_slice(&x[d.min(x.len())..]);
+            }
+            owner.resize(rows[0].len() / d, i);
             Ok(())
         },
     )?;
-    let rows = Rows {
-        data: &data,
-        d_model: d,
+    let of = |(site, sae): &(Site, Arc<Sae>)| {
+        let at = sites.iter().position(|s| s == site).unwrap_or(0);
+        quality_of(sae, &rows[at], &owner)
     };
+    Ok(saes.iter().map(of).collect())
+}
+
+/// The quality of one on rows at its site; `owner` says of which sequence each is.
+fn quality_of(sae: &Sae, data: &[f32], owner: &[usize]) -> HeldOut {
+    let d = sae.d_model();
+    let rows = Rows { data, d_model: d };
     let kept = rows.inliers(OUTLIER);
     let row = |at: u32| &data[at as usize * d..(at as usize + 1) * d];
     let mut mean = vec![0.0f64; d];
@@ -261,7 +326,7 @@ fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOu
         l0.push((active as f64, of_sequence.len() as f64));
     }
     let whole = meter.quality();
-    Ok(HeldOut {
+    HeldOut {
         n_tokens: whole.n_tokens,
         fvu: Estimate {
             value: whole.fvu,
@@ -272,5 +337,5 @@ fn quality(c: &StudyContext, sae: &Sae, sequences: &[Sequence]) -> Result<HeldOu
             ..ratio(&l0)
         },
         dead: whole.dead,
-    })
+    }
 }

@@ -31,7 +31,8 @@
 //! Rows are multiplied by `s = sqrt(d) / mean |x|` in training, so that one learning rate fits all
 //! sites. [`Trainer::finish`] folds it out: with `b_dec / s` and `b_enc / s` the SAE takes raw rows,
 //! the decoder stays of unit norm, and activations are in units of the residual stream. Rows whose
-//! norm exceeds `outlier` times the median (attention sinks at the first position) are left out.
+//! norm exceeds `outlier` times the median (attention sinks at the first position) are left out. Mean
+//! and median are those of the first rows ([`Input`]): all, if they fit into memory.
 
 mod architecture;
 mod batch_topk;
@@ -43,6 +44,7 @@ mod gated;
 mod jumprelu;
 pub mod matryoshka;
 mod relu;
+mod schedule;
 mod step;
 mod topk;
 
@@ -57,7 +59,9 @@ use crate::arch::Wiring;
 use crate::error::SaeError;
 use crate::sae::{Sae, SaeConfig};
 pub use architecture::Architecture;
-pub use data::{Rows, ScaledRows};
+pub use checkpoint::{Checkpoints, Resumed};
+pub use data::{Input, Rows, ScaledRows};
+pub use schedule::Schedule;
 pub use step::Timing;
 use step::Workspace;
 
@@ -85,7 +89,7 @@ pub struct TrainConfig {
     pub dead_after: u64,
     /// Rows with a norm above this many medians are left out.
     pub outlier: f32,
-    /// Seeds initialisation and the order of rows.
+    /// Seeds initialisation; the order of rows has a seed of its own.
     pub seed: u64,
     /// What products and gathers read.
     #[serde(default)]

@@ -6,7 +6,9 @@ mod formats;
 use std::sync::LazyLock;
 
 use demur_sae::saelens::{self, Files, WeightType};
-use demur_sae::train::{Architecture, Precision, Rows, ScaledRows, TrainConfig, Trainer};
+use demur_sae::train::{
+    Architecture, Checkpoints, Input, Precision, Rows, ScaledRows, TrainConfig, Trainer,
+};
 use demur_sae::{Sae, SaeConfig};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -57,6 +59,9 @@ fn flip(bytes: &mut [u8], flips: &[(Index, u8)]) {
     }
 }
 
+/// The name of a state after one step.
+const STATE: &str = "state-000000001.bin";
+
 /// A training state after a step, and its settings.
 fn state() -> (Vec<u8>, TrainConfig) {
     static MADE: LazyLock<(Vec<u8>, TrainConfig)> = LazyLock::new(make_state);
@@ -69,7 +74,7 @@ fn make_state() -> (Vec<u8>, TrainConfig) {
         data: &data,
         d_model: 4,
     };
-    let mut rows = ScaledRows::new(rows, 10.0, 1);
+    let mut rows = ScaledRows::new(rows, &Input::of(rows, 10.0), 1);
     let cfg = TrainConfig {
         sae: SaeConfig {
             d_model: 4,
@@ -93,19 +98,21 @@ fn make_state() -> (Vec<u8>, TrainConfig) {
     };
     let mut trainer = Trainer::new(cfg.clone(), &rows).unwrap();
     let mut x = Vec::new();
-    rows.batch(0, 8, &mut x);
+    rows.batch(0, 0, 8, &mut x);
     trainer.step(&x);
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("state.bin");
-    trainer.save(&path).unwrap();
-    (std::fs::read(path).unwrap(), cfg)
+    let states = Checkpoints::new(folder.path(), 1);
+    states.save(std::slice::from_ref(&trainer)).unwrap();
+    (std::fs::read(folder.path().join(STATE)).unwrap(), cfg)
 }
 
 fn resume(bytes: &[u8], cfg: &TrainConfig) -> bool {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("state.bin");
-    std::fs::write(&path, bytes).unwrap();
-    Trainer::resume(&path, cfg).is_ok()
+    std::fs::write(folder.path().join(STATE), bytes).unwrap();
+    let states = Checkpoints::new(folder.path(), 1);
+    states
+        .resume(std::slice::from_ref(cfg))
+        .is_ok_and(|r| r.trainers.is_some())
 }
 
 #[test]

@@ -139,9 +139,9 @@ fn check(cfg: TrainConfig) {
         data: &x,
         d_model: d,
     };
-    let mut data = ScaledRows::new(rows, 10.0, 5);
+    let mut data = ScaledRows::new(rows, &Input::of(rows, 10.0), 5);
     let mut batch = Vec::new();
-    data.batch(0, n, &mut batch);
+    data.batch(0, 0, n, &mut batch);
     let mut t = Trainer::new(cfg.clone(), &data).unwrap();
     // Parameters of general position: encoder rows that are not the decoder's, biases that are not 0.
     let mut rng = ChaCha8Rng::seed_from_u64(9);
