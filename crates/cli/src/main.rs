@@ -11,6 +11,7 @@ mod progress;
 mod report;
 mod resident;
 mod study;
+mod training;
 mod training_log;
 
 use std::process::ExitCode;

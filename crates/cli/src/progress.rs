@@ -1,6 +1,6 @@
 //! Progress of long work: a bar on a terminal, plain lines elsewhere; rate and time left in both.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -50,6 +50,7 @@ pub struct Progress {
     before: Cell<u64>,
     started: Instant,
     printed: Cell<Instant>,
+    message: RefCell<String>,
     bar: Option<ProgressBar>,
 }
 
@@ -78,6 +79,7 @@ impl Progress {
             before: Cell::new(0),
             started: now,
             printed: Cell::new(now),
+            message: RefCell::default(),
             bar,
         }
     }
@@ -105,8 +107,9 @@ impl Progress {
 
     /// A word beside the bar, for instance a loss.
     pub fn message(&self, text: String) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(text);
+        match &self.bar {
+            Some(bar) => bar.set_message(text),
+            None => *self.message.borrow_mut() = text,
         }
     }
 
@@ -132,12 +135,14 @@ impl Progress {
             return format!("{:<12} {done} {}  {rate:.1}/s", self.label, self.unit);
         }
         let left = self.total.saturating_sub(done) as f64 / rate.max(1e-9);
-        format!(
-            "{:<12} {done}/{} {}  {:.0} %  {rate:.1}/s  {left:.0} s left",
+        let line = format!(
+            "{:<12} {done}/{} {}  {:.0} %  {rate:.1}/s  {left:.0} s left  {}",
             self.label,
             self.total,
             self.unit,
             100.0 * done as f64 / self.total as f64,
-        )
+            self.message.borrow(),
+        );
+        line.trim_end().to_owned()
     }
 }

@@ -60,7 +60,8 @@ pub struct Reply {
     pub audit: Option<Value>,
 }
 
-/// Runs `arms`, reading and appending `log`. Replies come in the order of arms and items.
+/// Runs `arms`, reading and appending `log`. Replies come in the order of arms and items. `known` is told how
+/// many are there from an earlier run, `on_reply` of each that is new.
 ///
 /// # Errors
 /// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, [`EvalError::Twice`], or what
@@ -71,6 +72,7 @@ pub fn run(
     max_new_tokens: usize,
     openers: &[u32],
     log: &Path,
+    known: impl FnOnce(usize),
     mut on_reply: impl FnMut(&Reply),
 ) -> Result<Vec<Reply>, EvalError> {
     let io = |source| EvalError::Io {
@@ -95,11 +97,12 @@ pub fn run(
         .collect();
     let mut requests = Vec::new();
     let mut asked = Vec::new();
+    let mut n_known = 0;
     for arm in arms {
         for item in arm.items {
             let key = (arm.name.to_owned(), item.id.clone());
-            if let Some(reply) = replies.get(&key) {
-                on_reply(reply);
+            if replies.contains_key(&key) {
+                n_known += 1;
                 continue;
             }
             asked.push(key);
@@ -110,6 +113,7 @@ pub fn run(
             });
         }
     }
+    known(n_known);
     let mut failed = None;
     engine.run(requests, |at, output| {
         let (arm, id) = asked[at].clone();

@@ -50,6 +50,14 @@ pub enum EvalError {
         /// Those that there are.
         known: String,
     },
+    /// A wrapper of a file has no place for the request, or several.
+    #[error("{path}: the template of wrapper '{id}' needs {{request}} exactly once")]
+    Wrapper {
+        /// The file.
+        path: String,
+        /// The wrapper.
+        id: String,
+    },
     /// No judge has this name.
     #[error("there is no judge '{name}'; there are {known}")]
     UnknownJudge {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use demur_features::gate::{Group, Report};
 use demur_features::stats::Estimate;
-use demur_features::table::Feature;
+use demur_features::table::{Feature, SetSearch, SiteEvidence, Stability};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -175,6 +175,15 @@ pub struct Discovery {
     /// Unsafe discovery prompts that base refused.
     pub refused_unsafe: usize,
     pub features: Vec<Feature>,
+    /// How much of their ranking is chance, if prompts were drawn again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stability: Option<Stability>,
+    /// The search for sets, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sets: Option<SetSearch>,
+    /// All sites compared, if they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sites: Vec<SiteEvidence>,
 }
 
 /// The sweep on validation prompts.
@@ -193,6 +202,9 @@ pub struct Tune {
 #[allow(missing_docs)]
 pub struct SweepPoint {
     pub latents: Vec<u32>,
+    /// Whether the set was searched for; else it is the first of the ranking.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub searched: bool,
     pub value: f64,
     pub unit: String,
     pub refusal_unsafe: Estimate,

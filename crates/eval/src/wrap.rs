@@ -1,7 +1,17 @@
 //! Jailbreak wrappers: ways to put a request so that a model that would refuse it may not. All are
-//! written for demur; each is a plain function of the request, so that a set can be asked under it.
+//! written for demur; each is a plain function of the request, so that a set can be asked under it. Those
+//! here are for tests; a gate learns from others, that are read from a file.
+
+use std::path::Path;
+
+use serde::Deserialize;
 
 use crate::error::EvalError;
+use crate::files::open;
+use crate::prompts;
+
+/// Where a request stands in a [`Wrapper`].
+const REQUEST: &str = "{request}";
 
 /// Names and what they do.
 pub const WRAPPERS: [(&str, &str); 6] = [
@@ -78,6 +88,40 @@ pub fn wrap(name: &str, request: &str) -> Result<String, EvalError> {
     })
 }
 
+/// A text around a request, read from a file.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Wrapper {
+    /// Unique in its file.
+    pub id: String,
+    /// The text, with `{request}` once.
+    pub template: String,
+}
+
+impl Wrapper {
+    /// The text around `request`.
+    pub fn around(&self, request: &str) -> String {
+        self.template.replacen(REQUEST, request, 1)
+    }
+}
+
+/// Reads wrappers from JSONL(.gz) of `id` and `template`; other keys are ignored.
+///
+/// # Errors
+/// [`EvalError::Line`] naming the line, of a template without the one `{request}`, too; [`EvalError::Io`];
+/// [`EvalError::TooLarge`].
+pub fn read(path: &Path) -> Result<Vec<Wrapper>, EvalError> {
+    let place = path.display().to_string();
+    let wrappers = prompts::parse(&place, open(path)?, |w: &Wrapper| &w.id)?;
+    let odd = |w: &Wrapper| w.template.matches(REQUEST).count() != 1;
+    match wrappers.iter().find(|w| odd(w)) {
+        Some(w) => Err(EvalError::Wrapper {
+            path: place,
+            id: w.id.clone(),
+        }),
+        None => Ok(wrappers),
+    }
+}
+
 /// Base64 of RFC 4648, padded.
 fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -115,6 +159,24 @@ mod tests {
                 .unwrap()
                 .contains("Do the task")
         );
+    }
+
+    #[test]
+    fn wrappers_of_a_file_have_one_place_for_a_request() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w.jsonl");
+        let good = r#"{"id": "a", "kind": "x", "template": "Please: {request} Thanks"}"#;
+        std::fs::write(&path, good).unwrap();
+        let wrappers = read(&path).unwrap();
+        // What looks like a place in the request is none.
+        let found = wrappers[0].around("what is {request}?");
+        assert_eq!(found, "Please: what is {request}? Thanks");
+        for template in ["none", "{request} {request}"] {
+            let line = format!("{good}\n{{\"id\": \"b\", \"template\": \"{template}\"}}");
+            std::fs::write(&path, line).unwrap();
+            let e = read(&path).unwrap_err().to_string();
+            assert!(e.contains("'b'") && e.contains("w.jsonl"), "{e}");
+        }
     }
 
     #[test]

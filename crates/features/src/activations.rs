@@ -93,6 +93,12 @@ pub fn latent_stats(corpus: &[CodedSequence], sae: &Sae) -> LatentStats {
     }
 }
 
+/// Activations of `latent` where it is active, over all sequences; the first token of each is left out.
+pub fn activations_over(corpus: &[CodedSequence], latent: u32) -> Vec<f32> {
+    let of = |s: &CodedSequence| s.activations_of(latent).into_iter().skip(1);
+    corpus.iter().flat_map(of).filter(|v| *v > 0.0).collect()
+}
+
 /// The `n` sequences in which `latent` is most active, with `radius` tokens of context around the
 /// peak. `text` gives a token's text.
 pub fn top_activations(
@@ -192,6 +198,10 @@ mod tests {
         assert_eq!(top.len(), 1);
         assert_eq!((top[0].value, top[0].peak), (3.0, 1));
         assert_eq!(top[0].tokens, ["11", "12"]);
+        assert_eq!(
+            activations_over(&[sequence(), sequence()], 1),
+            [2.0, 3.0, 2.0, 3.0]
+        );
         // the first token is never a peak
         assert!(top_activations(&[sequence()], 0, 5, 1, |id| id.to_string()).is_empty());
     }

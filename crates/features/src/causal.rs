@@ -63,15 +63,14 @@ pub fn last_logits(
     Ok(rows)
 }
 
-/// Mean of `score` over the rows of `after` less its mean over `before`.
-pub fn mean_rise(before: &[Vec<f32>], after: &[Vec<f32>], score: impl Fn(&[f32]) -> f32) -> f64 {
-    let n = before.len().min(after.len()).max(1) as f64;
-    after
-        .iter()
-        .zip(before)
-        .map(|(a, b)| f64::from(score(a)) - f64::from(score(b)))
-        .sum::<f64>()
-        / n
+/// `score` of each row of `after` less that of the same row of `before`.
+///
+/// # Shapes
+/// Rows are `[d_vocab]`, one a prompt; returns `[prompts]`.
+pub fn rises(before: &[Vec<f32>], after: &[Vec<f32>], score: impl Fn(&[f32]) -> f32) -> Vec<f64> {
+    let both = after.iter().zip(before);
+    both.map(|(a, b)| f64::from(score(a)) - f64::from(score(b)))
+        .collect()
 }
 
 /// Mean over rows of KL(base || arm) between next-token distributions, nats.
@@ -120,6 +119,6 @@ mod tests {
     fn rise_by_hand() {
         let before = [vec![1.0], vec![2.0]];
         let after = [vec![2.0], vec![5.0]];
-        assert_eq!(mean_rise(&before, &after, |row| row[0]), 2.0);
+        assert_eq!(rises(&before, &after, |row| row[0]), [1.0, 3.0]);
     }
 }

@@ -49,43 +49,89 @@ pub struct Pooled {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Reads prompts in every way: the raw residual at `sites`, and the latents of `sae` at the last of them.
-///
-/// Returns the latents' rows, `d_sae` wide, twelve readings, none without an SAE; and the residual's,
-/// `d_model` wide for each of the `sites` in turn, of which membership says nothing. `on_prompt` is
-/// called after each.
+/// The ways in which a prompt is read: a record holds one row for each, the latents' first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Readings {
+    d_sae: usize,
+    latents: Vec<Reading>,
+    width: usize,
+    residual: Vec<Reading>,
+}
+
+impl Readings {
+    /// Of latents `d_sae` wide, twelve ways, none without an SAE; and of the residual at `n_sites` sites,
+    /// `d_model` wide each, of which membership says nothing.
+    pub fn new(d_sae: Option<usize>, d_model: usize, n_sites: usize) -> Self {
+        let of = |membership| {
+            let roles = [vec![Role::User], vec![Role::User, Role::Template]];
+            let ways = [Aggregate::Mean, Aggregate::Last, Aggregate::LatentMax];
+            roles.into_iter().flat_map(move |roles| {
+                ways.map(|aggregate| Reading {
+                    membership,
+                    aggregate,
+                    roles: roles.clone(),
+                })
+            })
+        };
+        let latents = of(Membership::Exact).chain(of(Membership::PreAct));
+        Self {
+            latents: latents.filter(|_| d_sae.is_some()).collect(),
+            d_sae: d_sae.unwrap_or(0),
+            residual: of(Membership::PreAct)
+                .filter(|r| r.aggregate != Aggregate::LatentMax)
+                .collect(),
+            width: d_model * n_sites,
+        }
+    }
+
+    /// Values of a record.
+    pub fn record_len(&self) -> usize {
+        self.latents.len() * self.d_sae + self.residual.len() * self.width
+    }
+
+    /// The rows of records, `[record_len]` each: the latents' and the residual's.
+    ///
+    /// # Errors
+    /// What a record's place holds instead of it.
+    pub fn pooled<E>(
+        &self,
+        records: impl Iterator<Item = Result<Vec<f32>, E>>,
+    ) -> Result<(Vec<Pooled>, Vec<Pooled>), E> {
+        let empty = |reading: &Reading| Pooled {
+            reading: reading.clone(),
+            rows: Vec::new(),
+        };
+        let mut latents: Vec<Pooled> = self.latents.iter().map(empty).collect();
+        let mut residual: Vec<Pooled> = self.residual.iter().map(empty).collect();
+        for record in records {
+            let record = record?;
+            let (first, second) = record.split_at(self.latents.len() * self.d_sae);
+            let first = latents.iter_mut().zip(first.chunks(self.d_sae.max(1)));
+            let second = residual.iter_mut().zip(second.chunks(self.width.max(1)));
+            for (pooled, row) in first.chain(second) {
+                pooled.rows.push(row.to_vec());
+            }
+        }
+        Ok((latents, residual))
+    }
+}
+
+/// Reads prompts in every way of `readings`: the residual at `sites`, and the latents of `sae` at the last of
+/// them. `consume` gets a record for each prompt, in their order.
 ///
 /// # Errors
-/// What the model refuses.
+/// What the model refuses, and what `consume` returns.
 pub fn read(
     model: &Model,
     sites: &[Site],
     sae: Option<&Sae>,
     sequences: &[Sequence],
     batch_tokens: usize,
-    mut on_prompt: impl FnMut(),
-) -> Result<(Vec<Pooled>, Vec<Pooled>), FeatureError> {
-    let of = |membership| {
-        let roles = [vec![Role::User], vec![Role::User, Role::Template]];
-        let ways = [Aggregate::Mean, Aggregate::Last, Aggregate::LatentMax];
-        roles.into_iter().flat_map(move |roles| {
-            ways.map(|aggregate| Pooled {
-                reading: Reading {
-                    membership,
-                    aggregate,
-                    roles: roles.clone(),
-                },
-                rows: Vec::new(),
-            })
-        })
-    };
-    let latents = |membership| of(membership).filter(|_| sae.is_some()).collect();
-    let mut exact: Vec<Pooled> = latents(Membership::Exact);
-    let mut pre: Vec<Pooled> = latents(Membership::PreAct);
-    let mut raw: Vec<Pooled> = of(Membership::PreAct)
-        .filter(|p| p.reading.aggregate != Aggregate::LatentMax)
-        .collect();
+    mut consume: impl FnMut(&[f32]) -> Result<(), FeatureError>,
+) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
+    let readings = Readings::new(sae.map(Sae::d_sae), d, sites.len());
+    let mut record = Vec::with_capacity(readings.record_len());
     harvest_sites(
         model,
         sites,
@@ -94,46 +140,47 @@ pub fn read(
         Products::Int8,
         |i, by_site| {
             let roles = &sequences[i].roles;
-            for p in &mut raw {
-                let pooled = by_site.iter().flat_map(|x| pool(&p.reading, x, roles));
-                p.rows.push(pooled.collect());
+            record.clear();
+            if let (Some(sae), Some(&x)) = (sae, by_site.last()) {
+                let mut acts = latent_acts(sae, x, roles.len());
+                let (exact, pre) = readings.latents.split_at(readings.latents.len() / 2);
+                record.extend(exact.iter().flat_map(|r| pool(r, &acts, roles)));
+                pre_acts(sae, x, roles, &mut acts);
+                record.extend(pre.iter().flat_map(|r| pool(r, &acts, roles)));
             }
-            on_prompt();
-            let (Some(sae), Some(&x)) = (sae, by_site.last()) else {
-                return Ok(());
-            };
-            let n = roles.len();
-            let codes = sae.encode(x, n);
-            let mut acts = vec![0.0f32; n * sae.d_sae()];
-            for t in 0..n {
-                let row = t * codes.k..(t + 1) * codes.k;
-                for (&j, &v) in codes.idx[row.clone()].iter().zip(&codes.val[row]) {
-                    acts[t * sae.d_sae() + j as usize] = v;
-                }
+            for reading in &readings.residual {
+                record.extend(by_site.iter().flat_map(|x| pool(reading, x, roles)));
             }
-            pool_all(&mut exact, &acts, roles);
-            // Only rows that are read: the pre-activations are most of the cost.
-            acts.par_chunks_mut(sae.d_sae())
-                .zip(x.par_chunks(d))
-                .zip(roles)
-                .filter(|(_, role)| matches!(role, Role::User | Role::Template))
-                .for_each(|((acts, x), _)| {
-                    for (j, a) in acts.iter_mut().enumerate() {
-                        *a = sae.latent(x, j);
-                    }
-                });
-            pool_all(&mut pre, &acts, roles);
-            Ok(())
+            consume(&record)
         },
-    )?;
-    exact.extend(pre);
-    Ok((exact, raw))
+    )
 }
 
-fn pool_all(pooled: &mut [Pooled], acts: &[f32], roles: &[Role]) {
-    for p in pooled {
-        p.rows.push(pool(&p.reading, acts, roles));
+/// The active latents of `n` rows, `[n, d_sae]`, zero elsewhere.
+fn latent_acts(sae: &Sae, x: &[f32], n: usize) -> Vec<f32> {
+    let codes = sae.encode(x, n);
+    let mut acts = vec![0.0f32; n * sae.d_sae()];
+    for t in 0..n {
+        let row = t * codes.k..(t + 1) * codes.k;
+        for (&j, &v) in codes.idx[row.clone()].iter().zip(&codes.val[row]) {
+            acts[t * sae.d_sae() + j as usize] = v;
+        }
     }
+    acts
+}
+
+/// Every latent whatever its rank, in rows that are read: it is most of the cost.
+fn pre_acts(sae: &Sae, x: &[f32], roles: &[Role], acts: &mut [f32]) {
+    let width = x.len() / roles.len().max(1);
+    acts.par_chunks_mut(sae.d_sae())
+        .zip(x.par_chunks(width))
+        .zip(roles)
+        .filter(|(_, role)| matches!(role, Role::User | Role::Template))
+        .for_each(|((acts, x), _)| {
+            for (j, a) in acts.iter_mut().enumerate() {
+                *a = sae.latent(x, j);
+            }
+        });
 }
 
 /// One row of a prompt; the first token is an attention sink and is not read.
@@ -353,7 +400,7 @@ pub fn threshold_at(scored: &[(f64, bool)], recall: f64) -> f64 {
 
 /// A linear score of some columns.
 #[derive(Debug, Clone)]
-struct Linear {
+pub(crate) struct Linear {
     columns: Vec<u32>,
     weights: Vec<f64>,  // of raw values
     standard: Vec<f64>, // of standardised ones
@@ -362,7 +409,12 @@ struct Linear {
 
 impl Linear {
     /// Fits `columns`, or all that are ever active; standardised on `rows`.
-    fn fit(rows: &[Vec<f32>], labels: &[bool], columns: Option<Vec<u32>>, l2: f64) -> Self {
+    pub(crate) fn fit(
+        rows: &[Vec<f32>],
+        labels: &[bool],
+        columns: Option<Vec<u32>>,
+        l2: f64,
+    ) -> Self {
         let width = rows.first().map_or(0, Vec::len);
         let active = |j: &u32| {
             let nonzero = rows.iter().filter(|x| x[*j as usize] != 0.0).count();
@@ -419,7 +471,7 @@ impl Linear {
         kept
     }
 
-    fn score(&self, row: &[f32]) -> f64 {
+    pub(crate) fn score(&self, row: &[f32]) -> f64 {
         let columns = self.columns.iter().zip(&self.weights);
         columns.fold(self.bias, |s, (j, w)| s + w * f64::from(row[*j as usize]))
     }

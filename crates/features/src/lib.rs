@@ -2,9 +2,10 @@
 //!
 //! The way of the data: [`mod@harvest`] gives rows of the residual stream, [`activations`] their
 //! codes and what is read off them, [`mod@contrast`] compares groups of prompts, [`lens`] says what a
-//! latent promotes, [`mod@attribution`] what it adds to the refusal by gradients, [`causal`] clamps it and
-//! watches the refusal, and [`table`] keeps it all. [`gate`] trains the condition under which it is
-//! clamped.
+//! latent promotes, [`mod@attribution`] what it adds to the refusal by gradients, [`ranking`] makes the
+//! short list and says how much of it is chance, [`causal`] clamps a latent and watches the refusal,
+//! [`sets`] clamps several, and [`table`] keeps it all. [`sites`] compares layers. [`gate`] trains the
+//! condition under which latents are clamped.
 #![forbid(unsafe_code)]
 
 pub mod activations;
@@ -16,6 +17,9 @@ pub mod gate;
 pub mod harvest;
 pub mod lens;
 pub mod logistic;
+pub mod ranking;
+pub mod sets;
+pub mod sites;
 pub mod stats;
 pub mod table;
 

@@ -1,6 +1,10 @@
 //! Statistics of discovery and evaluation. Formulas and sources are at each function.
 
+mod rank;
+
 use serde::{Deserialize, Deserializer, Serialize};
+
+pub use rank::{MannWhitney, auroc, auroc_estimate, mann_whitney, spearman, wilcoxon};
 
 /// Two-sided 95 % quantile of the normal distribution.
 const Z95: f64 = 1.959_963_984_540_054;
@@ -160,6 +164,26 @@ pub fn paired_difference(first: &[bool], second: &[bool]) -> Estimate {
     }
 }
 
+/// Numbers drawn at random: the same for the same seed, on every machine.
+#[derive(Debug, Clone)]
+pub struct Draws(u64);
+
+impl Draws {
+    /// Draws that `seed` says.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A whole number from 0 to `n - 1`; 0 if `n` is 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        // splitmix64; the top of a 128-bit product is uniform but for n / 2^64.
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((u128::from(z ^ (z >> 31)) * n as u128) >> 64) as usize
+    }
+}
+
 /// A mean paired difference, `second - first`, with the 95 % percentile interval of a bootstrap over
 /// clusters (Field and Welsh 2007): whole clusters are drawn with replacement, as many as there are.
 ///
@@ -196,17 +220,10 @@ pub fn paired_bootstrap(
             n,
         };
     }
-    let mut state = seed;
-    let mut below = |n: usize| {
-        // splitmix64; the top of a 128-bit product is uniform but for n / 2^64.
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((u128::from(z ^ (z >> 31)) * n as u128) >> 64) as usize
-    };
+    let mut drawn_by = Draws::new(seed);
     let mut found: Vec<f64> = (0..draws)
         .map(|_| {
-            let drawn = (0..sums.len()).map(|_| sums[below(sums.len())]);
+            let drawn = (0..sums.len()).map(|_| sums[drawn_by.below(sums.len())]);
             of(drawn.fold((0.0, 0.0), |t, s| (t.0 + s.0, t.1 + s.1)))
         })
         .collect();
@@ -232,97 +249,6 @@ pub fn kappa(a: &[bool], b: &[bool]) -> f64 {
     } else {
         (agree - chance) / (1.0 - chance)
     }
-}
-
-/// Ranks from 1, ties at their mean; and `sum (t³ - t)` over groups of `t` ties.
-fn ranks(values: &[f64]) -> (Vec<f64>, f64) {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|a, b| values[*a].total_cmp(&values[*b]));
-    let mut ranks = vec![0.0; values.len()];
-    let (mut at, mut ties) = (0, 0.0);
-    while at < order.len() {
-        let mut end = at + 1;
-        while end < order.len() && values[order[end]] == values[order[at]] {
-            end += 1;
-        }
-        let t = (end - at) as f64;
-        for &i in &order[at..end] {
-            ranks[i] = (at + end + 1) as f64 / 2.0;
-        }
-        ties += t * t * t - t;
-        at = end;
-    }
-    (ranks, ties)
-}
-
-/// Result of [`mann_whitney`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MannWhitney {
-    /// The statistic of the first group: pairs in which it is larger, ties counting half.
-    pub u: f64,
-    /// Two-sided p value, normal approximation with tie and continuity correction.
-    pub p: f64,
-}
-
-/// Mann-Whitney U test of two groups.
-pub fn mann_whitney(first: &[f64], second: &[f64]) -> MannWhitney {
-    let (n1, n2) = (first.len() as f64, second.len() as f64);
-    let all: Vec<f64> = first.iter().chain(second).copied().collect();
-    let (ranks, ties) = ranks(&all);
-    let u = ranks[..first.len()].iter().sum::<f64>() - n1 * (n1 + 1.0) / 2.0;
-    let n = n1 + n2;
-    let variance = n1 * n2 / 12.0 * (n + 1.0 - ties / (n * (n - 1.0)).max(1.0));
-    if variance <= 0.0 {
-        return MannWhitney { u, p: 1.0 };
-    }
-    let z = ((u - n1 * n2 / 2.0).abs() - 0.5).max(0.0) / variance.sqrt();
-    MannWhitney {
-        u,
-        p: (2.0 * normal_tail(z)).min(1.0),
-    }
-}
-
-/// Wilcoxon's signed-rank test of paired differences (1945): two-sided p value, normal approximation
-/// with tie and continuity correction; differences of zero are left out.
-pub fn wilcoxon(differences: &[f64]) -> f64 {
-    let nonzero: Vec<f64> = differences.iter().copied().filter(|d| *d != 0.0).collect();
-    let (ranks, ties) = ranks(&nonzero.iter().map(|d| d.abs()).collect::<Vec<_>>());
-    let positive = nonzero.iter().zip(&ranks).filter(|(d, _)| **d > 0.0);
-    let w: f64 = positive.map(|(_, r)| r).sum();
-    let n = nonzero.len() as f64;
-    let variance = n * (n + 1.0) * (2.0 * n + 1.0) / 24.0 - ties / 48.0;
-    if variance <= 0.0 {
-        return 1.0;
-    }
-    let z = ((w - n * (n + 1.0) / 4.0).abs() - 0.5).max(0.0) / variance.sqrt();
-    (2.0 * normal_tail(z)).min(1.0)
-}
-
-/// Area under the ROC curve: the probability that a member of `positive` exceeds one of `negative`,
-/// ties counting half.
-pub fn auroc(positive: &[f64], negative: &[f64]) -> f64 {
-    let pairs = (positive.len() * negative.len()).max(1) as f64;
-    mann_whitney(positive, negative).u / pairs
-}
-
-/// `P(Z > z)` of the standard normal: the complementary error function by Numerical Recipes'
-/// rational Chebyshev fit, relative error below 1.2e-7.
-fn normal_tail(z: f64) -> f64 {
-    let x = z / std::f64::consts::SQRT_2;
-    let t = 1.0 / (1.0 + 0.5 * x);
-    let poly = [
-        0.170_872_77,
-        -0.822_152_23,
-        1.488_515_87,
-        -1.135_203_98,
-        0.278_868_07,
-        -0.186_288_06,
-        0.096_784_18,
-        0.374_091_96,
-        1.000_023_68,
-    ];
-    let sum = poly.iter().fold(0.0, |s, c| s * t + c);
-    0.5 * t * (-x * x - 1.265_512_23 + t * sum).exp()
 }
 
 /// Benjamini-Hochberg adjusted p values (1995), in the order given.
@@ -481,29 +407,6 @@ mod tests {
             1e-12,
         );
         close(kappa(&[true, false], &[false, true]), -1.0, 1e-12);
-    }
-
-    #[test]
-    fn mann_whitney_and_auroc_with_ties() {
-        // (3, 2, 2) against (1, 2): pairs larger 1+1+1+1 and ties 1/2+1/2 -> 3 + 1 = 4 ... of 6:
-        // 3>1, 3>2, 2>1, 2=2, 2>1, 2=2 -> 4 + 2/2 = 5
-        close(auroc(&[3.0, 2.0, 2.0], &[1.0, 2.0]), 5.0 / 6.0, 1e-12);
-        let apart = mann_whitney(&[5.0, 6.0, 7.0, 8.0, 9.0], &[0.0, 1.0, 2.0, 3.0, 4.0]);
-        close(apart.u, 25.0, 1e-12);
-        // z = (12.5 - 0.5) / sqrt(25 * 11 / 12) = 2.5067
-        close(apart.p, 0.012_186, 1e-5);
-        assert_eq!(mann_whitney(&[1.0, 1.0], &[1.0, 1.0]).p, 1.0);
-    }
-
-    #[test]
-    fn wilcoxon_by_hand() {
-        // |d| = 1, 2, 2, 4, 5 (zero out), ranks 1, 2.5, 2.5, 4, 5; positive all but the one of 1:
-        // W = 14, mean 7.5, variance 5 * 6 * 11 / 24 - 6 / 48 = 13.625, z = 6 / 3.6912 = 1.6255
-        close(wilcoxon(&[2.0, -1.0, 0.0, 2.0, 5.0, 4.0]), 0.104_05, 1e-4);
-        // the sign does not matter, nor does an empty list
-        close(wilcoxon(&[-2.0, 1.0, -2.0, -5.0, -4.0]), 0.104_05, 1e-4);
-        assert_eq!(wilcoxon(&[0.0, 0.0]), 1.0);
-        assert_eq!(wilcoxon(&[]), 1.0);
     }
 
     #[test]

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::stats::Estimate;
+
 /// A latent with everything that was found out about it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Feature {
@@ -25,6 +27,12 @@ pub struct Feature {
     /// Where it fires most, in context.
     #[serde(default)]
     pub top_activations: Vec<TopActivation>,
+    /// Of its activations where it is active, over the harvest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<Histogram>,
+    /// Of the logits of its decoder row, over the vocabulary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logits: Option<Histogram>,
 }
 
 /// The evidence for one latent.
@@ -54,6 +62,9 @@ pub struct Evidence {
     /// What clamping it does, on validation prompts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub causal: Option<CausalEvidence>,
+    /// How much its place owes to the prompts that there happened to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stability: Option<StabilityEvidence>,
 }
 
 /// Evidence from the paper's recipe.
@@ -125,6 +136,57 @@ pub struct CausalEvidence {
     pub kl_benign: Option<f64>,
 }
 
+/// How often a latent is found if prompts are drawn again; see [`ranking`](crate::ranking).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StabilityEvidence {
+    /// Fraction of draws of the discovery prompts in which it is on the short list.
+    pub short_list: f64,
+    /// First place in the ranking, 0 first, of the 95 % percentile interval over draws of the validation
+    /// prompts.
+    pub rank_lo: usize,
+    /// Last place of that interval.
+    pub rank_hi: usize,
+}
+
+/// Equal bins from `lo` to `hi`, of which the last has `hi` in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// The least value.
+    pub lo: f64,
+    /// The greatest.
+    pub hi: f64,
+    /// Values in each bin.
+    pub counts: Vec<u64>,
+}
+
+impl Histogram {
+    /// Counts `values` in `bins` bins; `None` without a finite value or without a bin. Values that are not
+    /// finite are left out.
+    pub fn of(values: &[f32], bins: usize) -> Option<Self> {
+        let finite = || values.iter().copied().filter(|v| v.is_finite());
+        let lo = f64::from(finite().reduce(f32::min)?);
+        let hi = f64::from(finite().reduce(f32::max)?);
+        let mut counts = vec![0u64; bins];
+        let last = bins.checked_sub(1)?;
+        for v in finite() {
+            let share = match hi > lo {
+                true => (f64::from(v) - lo) / (hi - lo),
+                false => 0.0,
+            };
+            counts[((share * bins as f64) as usize).min(last)] += 1;
+        }
+        Some(Self { lo, hi, counts })
+    }
+
+    /// The middle of each bin.
+    pub fn middles(&self) -> Vec<f64> {
+        let width = (self.hi - self.lo) / self.counts.len().max(1) as f64;
+        (0..self.counts.len())
+            .map(|i| self.lo + (i as f64 + 0.5) * width)
+            .collect()
+    }
+}
+
 /// A token and its logit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogit {
@@ -149,6 +211,89 @@ pub struct TopActivation {
     pub peak: usize,
 }
 
+/// What clamping a set of latents together does, on validation prompts; see [`sets`](crate::sets).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SetEvidence {
+    /// The latents, in the order in which they were added.
+    pub latents: Vec<u32>,
+    /// Rise of the refusal log-odds at the first reply token over base, unsafe prompts.
+    pub refusal_logodds_delta_unsafe: Estimate,
+    /// The same on safe prompts.
+    pub refusal_logodds_delta_safe: Estimate,
+    /// Mean next-token KL(base || clamped) at the first reply token of benign prompts, nats.
+    pub kl_benign: f64,
+    /// The rise on unsafe prompts less what the latents do alone; none for a single one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interaction: Option<Estimate>,
+    /// The rise on unsafe prompts over that of the best smaller set, for sets that were chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gain: Option<Estimate>,
+}
+
+/// A search for small sets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SetSearch {
+    /// The value of each latent, times its largest activation.
+    pub value: f64,
+    /// The most that a set may change benign text, nats.
+    pub max_kl: f64,
+    /// The best set of each size, from one on; it ends where a larger one gains nothing.
+    pub sets: Vec<SetEvidence>,
+    /// Every latent that was looked at, alone, the best of the ranking first.
+    pub singles: Vec<SetEvidence>,
+    /// All their pairs.
+    pub pairs: Vec<SetEvidence>,
+}
+
+/// How well two detectors tell unsafe validation prompts from safe ones: AUROC.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Separation {
+    /// The difference of the means of unsafe and safe discovery prompts.
+    pub direction: Estimate,
+    /// A logistic regression on them.
+    pub probe: Estimate,
+}
+
+/// What adding the direction of refusal at a site does, on validation prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DirectionEvidence {
+    /// Length of refused minus complied, over the mean length of the residual at the last prompt token.
+    pub relative_norm: f64,
+    /// Rise of the refusal log-odds at the first reply token over base, unsafe prompts.
+    pub refusal_logodds_delta_unsafe: Estimate,
+    /// The same on safe prompts.
+    pub refusal_logodds_delta_safe: Estimate,
+    /// Mean next-token KL(base || steered) at the first reply token of benign prompts, nats.
+    pub kl_benign: f64,
+}
+
+/// One site; see [`sites`](crate::sites).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteEvidence {
+    /// The site.
+    pub site: String,
+    /// Of the residual at the last prompt token.
+    pub last: Separation,
+    /// Of its mean over the tokens of the user and the template.
+    pub mean: Separation,
+    /// What the direction of refusal does there; none if base refused no discovery prompt, or all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<DirectionEvidence>,
+}
+
+/// How much of a ranking is chance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stability {
+    /// Draws of the prompts.
+    pub draws: usize,
+    /// Of each method that scores latents, by name: mean rank correlation with its ranking of the prompts
+    /// as they are.
+    pub methods: Vec<(String, f64)>,
+    /// The same of the ranking of the short list by clamps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub causal: Option<f64>,
+}
+
 /// What a discovery leaves behind.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct FeatureTable {
@@ -156,4 +301,30 @@ pub struct FeatureTable {
     pub methods: Vec<String>,
     /// Features, best first.
     pub features: Vec<Feature>,
+    /// How much of their ranking is chance, if prompts were drawn again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stability: Option<Stability>,
+    /// The search for sets, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sets: Option<SetSearch>,
+    /// All sites compared, in order; empty, if they were not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sites: Vec<SiteEvidence>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histograms_by_hand() {
+        let h = Histogram::of(&[1.0, 1.4, 2.0, 3.0, f32::NAN, f32::INFINITY], 4).unwrap();
+        // bins of 0.5 from 1 to 3: 1.0 and 1.4 | - | 2.0 | 3.0, which is in the last
+        assert_eq!((h.lo, h.hi, &h.counts[..]), (1.0, 3.0, &[2, 0, 1, 1][..]));
+        assert_eq!(h.middles(), [1.25, 1.75, 2.25, 2.75]);
+        let one = Histogram::of(&[2.0, 2.0], 3).unwrap();
+        assert_eq!(one.counts, [2, 0, 0]);
+        assert_eq!(Histogram::of(&[f32::NAN], 3), None);
+        assert_eq!(Histogram::of(&[1.0], 0), None);
+    }
 }

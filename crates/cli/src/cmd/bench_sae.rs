@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use demur_kernels::limits::product_gflops;
 use demur_sae::SaeConfig;
-use demur_sae::train::{Architecture, Precision, Rows, ScaledRows, Timing, TrainConfig, Trainer};
+use demur_sae::train::{
+    Architecture, Input, Precision, Rows, ScaledRows, Timing, TrainConfig, Trainer,
+};
 use serde_json::json;
 
 use super::bench::median;
@@ -48,9 +50,9 @@ pub fn run(args: &Args) -> Result<()> {
         data: &data,
         d_model: d,
     };
-    let mut rows = ScaledRows::new(rows, f32::INFINITY, 1);
+    let mut rows = ScaledRows::new(rows, &Input::of(rows, f32::INFINITY), 1);
     let mut x = Vec::new();
-    rows.batch(0, n, &mut x);
+    rows.batch(0, 0, n, &mut x);
     let cfg = TrainConfig {
         sae: SaeConfig {
             d_model: d,

@@ -1,18 +1,26 @@
-//! `demur features`: what a study found, in the terminal.
+//! `demur features`: what a study found, in the terminal, or for Neuronpedia.
+
+mod neuronpedia;
+mod show;
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
+use demur_eval::record::Discovery;
 use demur_features::table::{AttributionEvidence, Feature};
 
 use crate::cmd::report::read_record;
+use crate::progress::say;
 
 const EXAMPLES: &str = "\
 Examples:
   demur features                     those of the quickstart, best first
   demur features --sort density      rarest last
   demur features 1234                everything about one latent
+  demur features --show sets         small sets, if the study searched for them
+  demur features --show sites        the layers compared, if the study did
+  demur features --export neuronpedia --out np
   demur features --run runs/my --json";
 
 #[derive(Debug, clap::Args)]
@@ -22,13 +30,42 @@ pub struct Args {
     #[arg(long, default_value = "runs/quickstart", value_name = "DIR")]
     run: PathBuf,
     /// Show everything about this latent.
+    #[arg(conflicts_with_all = ["show", "export"])]
     latent: Option<u32>,
+    /// What to show of the discovery.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "export")]
+    show: Part,
     /// List by this, largest first; what has no such evidence comes last.
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
+    /// Write the features in another tool's layout, instead of showing them.
+    #[arg(long, value_enum, requires = "out")]
+    export: Option<Layout>,
+    /// Folder for the export; it is made.
+    #[arg(long, value_name = "DIR", requires = "export")]
+    out: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// A part of what discovery found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Latents with their evidence.
+    #[default]
+    Features,
+    /// Small sets of latents, and how pairs of them interact.
+    Sets,
+    /// The sites of the model.
+    Sites,
+}
+
+/// A layout to export to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Layout {
+    /// Batches of features as SAEDashboard's NeuronpediaRunner writes them: batch-0.json and so on.
+    Neuronpedia,
 }
 
 /// What features are sorted by.
@@ -55,6 +92,8 @@ enum Sort {
     Attribution,
     /// The same, integrated.
     AttributionIntegrated,
+    /// How often it is on the short list if prompts are drawn again.
+    Stability,
 }
 
 impl Sort {
@@ -73,6 +112,7 @@ impl Sort {
             Self::Cosine => e.cosine_refusal_direction,
             Self::Attribution => attribution.map(|a| a.mean),
             Self::AttributionIntegrated => integrated(attribution),
+            Self::Stability => e.stability.as_ref().map(|s| s.short_list),
         }
     }
 }
@@ -85,10 +125,23 @@ fn integrated(attribution: Option<&AttributionEvidence>) -> Option<f64> {
 
 pub fn run(args: Args) -> Result<()> {
     let (_, record) = read_record(&args.run)?;
-    let mut features = record.discovery.features;
+    if let (Some(Layout::Neuronpedia), Some(out)) = (args.export, &args.out) {
+        return say(neuronpedia::write(&record, out)?);
+    }
+    let Discovery {
+        mut features,
+        sets,
+        sites,
+        ..
+    } = record.discovery;
+    let mut out = std::io::stdout().lock();
+    match args.show {
+        Part::Features => {}
+        Part::Sets => return show::sets(&mut out, sets.as_ref(), args.json),
+        Part::Sites => return show::sites(&mut out, &sites, args.json),
+    }
     let key = |f: &Feature| args.sort.key(f).unwrap_or(f64::NEG_INFINITY);
     features.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.rank.cmp(&b.rank)));
-    let mut out = std::io::stdout().lock();
     if let Some(latent) = args.latent {
         let Some(f) = features.iter().find(|f| f.latent == latent) else {
             bail!(
@@ -99,7 +152,7 @@ pub fn run(args: Args) -> Result<()> {
         if args.json {
             writeln!(out, "{}", serde_json::to_string_pretty(f)?)?;
         } else {
-            show(&mut out, f)?;
+            show::feature(&mut out, f)?;
         }
         return Ok(());
     }
@@ -109,7 +162,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     writeln!(
         out,
-        "rank  latent  chosen  d log-odds  KL benign  density  AUROC refused  harmful  cosine  attribution  integrated  promotes"
+        "rank  latent  chosen  d log-odds  KL benign  density  AUROC refused  harmful  cosine  attribution  integrated  listed  promotes"
     )?;
     for f in &features {
         let e = &f.evidence;
@@ -121,7 +174,7 @@ pub fn run(args: Args) -> Result<()> {
             .collect();
         writeln!(
             out,
-            "{:>4}  {:>6}  {:^6}  {:>10}  {:>9}  {:>7}  {:>13}  {:>7}  {:>6}  {:>11}  {:>10}  {}",
+            "{:>4}  {:>6}  {:^6}  {:>10}  {:>9}  {:>7}  {:>13}  {:>7}  {:>6}  {:>11}  {:>10}  {:>6}  {}",
             f.rank,
             f.latent,
             if f.chosen { "yes" } else { "" },
@@ -133,6 +186,7 @@ pub fn run(args: Args) -> Result<()> {
             number(e.cosine_refusal_direction, 2),
             number(e.attribution.as_ref().map(|a| a.mean), 3),
             number(integrated(e.attribution.as_ref()), 3),
+            number(e.stability.as_ref().map(|s| s.short_list), 2),
             promotes.join(" ")
         )?;
     }
@@ -141,39 +195,4 @@ pub fn run(args: Args) -> Result<()> {
 
 fn number(v: Option<f64>, digits: usize) -> String {
     v.map_or("-".to_owned(), |v| format!("{v:.digits$}"))
-}
-
-fn show(out: &mut impl Write, f: &Feature) -> Result<()> {
-    writeln!(
-        out,
-        "latent {} (rank {}{})",
-        f.latent,
-        f.rank,
-        if f.chosen { ", chosen" } else { "" }
-    )?;
-    writeln!(out, "{}", serde_json::to_string_pretty(&f.evidence)?)?;
-    let words = |t: &[demur_features::table::TokenLogit]| {
-        t.iter()
-            .map(|t| format!("{:?} {:+.2}", t.token, t.logit))
-            .collect::<Vec<_>>()
-            .join("  ")
-    };
-    writeln!(out, "promotes    {}", words(&f.promotes))?;
-    writeln!(out, "suppresses  {}", words(&f.suppresses))?;
-    for a in &f.top_activations {
-        let text: String = a
-            .tokens
-            .iter()
-            .enumerate()
-            .map(|(i, t)| {
-                if i == a.peak {
-                    format!("[[{t}]]")
-                } else {
-                    t.clone()
-                }
-            })
-            .collect();
-        writeln!(out, "{:>9.2}  {}  {:?}", a.value, a.source, text)?;
-    }
-    Ok(())
 }

@@ -188,9 +188,9 @@ impl Types<'_> {
         self.types.get_key_value(name).map(|(k, v)| (k.as_str(), v))
     }
 
-    /// The type of a field that is a section of its own.
+    /// The type of a field that is a section of its own, or a list of them.
     fn section(&self, field: &Value) -> Option<&Value> {
-        let (_, ty) = self.named(field)?;
+        let (_, ty) = self.named(field).or_else(|| self.named(&field["items"]))?;
         ty["properties"].is_object().then_some(ty)
     }
 
@@ -201,7 +201,12 @@ impl Types<'_> {
                 continue;
             };
             let name = format!("{above}{name}");
-            let _ = writeln!(out, "\n## [{name}]\n\n{}\n", description(field));
+            let (open, close) = match field["type"] == "array" {
+                true => ("[[", "]]"),
+                false => ("[", "]"),
+            };
+            let meaning = description(field);
+            let _ = writeln!(out, "\n## {open}{name}{close}\n\n{meaning}\n");
             self.table(out, ty);
             if let Some(fields) = ty["properties"].as_object() {
                 self.sections(out, fields, &format!("{name}."));
@@ -235,6 +240,13 @@ impl Types<'_> {
         if let Some((name, _)) = self.named(field) {
             let words = words(name);
             return format!("[{words}](#{})", words.replace(' ', "-"));
+        }
+        // one that may be left out
+        if let Some(of) = field["anyOf"].get(0) {
+            return match self.section(of) {
+                Some(_) => "table".to_owned(),
+                None => self.type_of(of),
+            };
         }
         let ty = match &field["type"] {
             Value::Array(either) => either

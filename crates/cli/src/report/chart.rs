@@ -79,6 +79,8 @@ pub struct LineChart<'a> {
     /// Ticks of the x axis.
     pub x_ticks: Vec<(f64, String)>,
     pub log_x: bool,
+    /// Bottom of the y axis.
+    pub y_min: f64,
     /// Top of the y axis; the least round number above the values, if not given.
     pub y_max: Option<f64>,
     pub y_format: fn(f64) -> String,
@@ -126,7 +128,7 @@ impl LineChart<'_> {
             end: WIDTH - right,
         };
         let y = Axis {
-            lo: 0.0,
+            lo: self.y_min,
             hi: y_max,
             log: false,
             start: HEIGHT - BOTTOM,
@@ -140,7 +142,7 @@ impl LineChart<'_> {
         html! {
             svg class="chart" viewBox=(format!("0 0 {WIDTH} {HEIGHT}")) role="img" aria-label=(self.summary) {
                 @for i in 0..=4 {
-                    @let v = y.hi * f64::from(i) / 4.0;
+                    @let v = y.lo + (y.hi - y.lo) * f64::from(i) / 4.0;
                     line class=(if i == 0 { "axis" } else { "grid" }) x1=(px(LEFT)) x2=(px(x.end + 6.0)) y1=(px(y.at(v))) y2=(px(y.at(v))) {}
                     text class="tick" x=(px(LEFT - 7.0)) y=(px(y.at(v) + 4.0)) text-anchor="end" { ((self.y_format)(v)) }
                 }
@@ -255,6 +257,7 @@ mod tests {
             x_label: "x",
             x_ticks: points.iter().map(|p| (p.0, p.0.to_string())).collect(),
             log_x: true,
+            y_min: 0.0,
             y_max: None,
             y_format: |v| v.to_string(),
             rules: Vec::new(),

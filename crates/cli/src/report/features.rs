@@ -2,13 +2,13 @@
 //! places where it fires most, with the activation as the background of each token.
 
 use demur_features::table::{
-    AttributionEvidence, CausalEvidence, ContrastEvidence, Evidence, Feature, TokenLogit,
-    TopActivation,
+    AttributionEvidence, CausalEvidence, ContrastEvidence, Evidence, Feature, Histogram, Stability,
+    StabilityEvidence, TokenLogit, TopActivation,
 };
 use maud::{Markup, html};
 
-use super::View;
-use super::format::{change, count, figure, fixed, percent};
+use super::format::{change, count, figure, fixed, percent, px};
+use super::{View, sets, sites};
 
 /// Features on the page; the rest is in the record.
 const FEATURES: usize = 24;
@@ -37,6 +37,7 @@ pub fn section(view: &View<'_>) -> Markup {
                     "They were found on discovery prompts and ranked by what a clamp does to the refusal log-odds of validation prompts."
                 }
             }
+            @if let Some(s) = &found.stability { (stability(s)) }
             @if features.is_empty() {
                 p class="note" { "Discovery reported no feature." }
             }
@@ -49,6 +50,21 @@ pub fn section(view: &View<'_>) -> Markup {
                     span class="mono" { "record.json" } "."
                 }
             }
+            @if let Some(s) = &found.sets { (sets::figures(s)) }
+            @if !found.sites.is_empty() { (sites::figures(&found.sites, &view.record.sae.site)) }
+        }
+    }
+}
+
+fn stability(s: &Stability) -> Markup {
+    let by = |what: &str, correlation: f64| format!("{} by {what}", fixed(correlation, 2));
+    let methods = s.methods.iter().map(|(m, c)| by(&m.replace('_', " "), *c));
+    let causal = s.causal.map(|c| by("what a clamp does", c));
+    let all: Vec<String> = methods.chain(causal).collect();
+    html! {
+        p class="note" {
+            "How much of this is chance: over " (count(s.draws as u64)) " draws of the prompts with replacement, the mean rank correlation with the ranking shown is "
+            (all.join(", ")) ". Each feature says how often it is on the short list."
         }
     }
 }
@@ -73,6 +89,8 @@ fn card(f: &Feature, open: bool) -> Markup {
                     (evidence(f))
                     (tokens("Promotes", "up", &f.promotes))
                     (tokens("Suppresses", "down", &f.suppresses))
+                    @if let Some(h) = &f.activations { (histogram("Activations where it is active", "tokens", h)) }
+                    @if let Some(h) = &f.logits { (histogram("Logits of its decoder row", "tokens of the vocabulary", h)) }
                 }
                 div class="contexts" {
                     h3 { "Where it fires most" }
@@ -101,11 +119,13 @@ fn evidence(f: &Feature) -> Markup {
         cosine_refusal_direction,
         attribution,
         causal,
+        stability,
     } = &f.evidence;
     html! {
         dl class="evidence" {
             div { dt { "Rank" } dd { (f.rank + 1) } }
             @if let Some(c) = causal { (caused(c)) }
+            @if let Some(s) = stability { (stable(s)) }
             @if let Some(a) = attribution { (attributed(a)) }
             @if let Some(c) = refused_vs_complied { (contrast("Refused / complied", c)) }
             @if let Some(c) = harmful_vs_lookalike { (contrast("Harmful / look-alike", c)) }
@@ -137,6 +157,39 @@ fn caused(c: &CausalEvidence) -> Markup {
         @if let Some(kl) = c.kl_benign {
             div { dt { "KL on benign prompts" } dd { (figure(kl)) small { "nats" } } }
         }
+    }
+}
+
+fn stable(s: &StabilityEvidence) -> Markup {
+    html! {
+        div {
+            dt { "If prompts are drawn again" }
+            dd {
+                "on the short list in " b { (percent(s.short_list)) } small { "of draws" }
+                small class="line" { "rank " (s.rank_lo + 1) " to " (s.rank_hi + 1) " in 95 %" }
+            }
+        }
+    }
+}
+
+/// Bars by the square root of their counts: the rare ones, which matter, stay visible.
+fn histogram(title: &str, of: &str, h: &Histogram) -> Markup {
+    const HEIGHT: f64 = 36.0;
+    const BAR: f64 = 4.0;
+    let root = |n: u64| (n as f64).sqrt();
+    let highest = h.counts.iter().copied().max().map_or(1.0, root).max(1.0);
+    let all: u64 = h.counts.iter().sum();
+    let width = BAR * h.counts.len() as f64;
+    html! {
+        h3 { (title) }
+        svg class="histogram" viewBox=(format!("0 0 {} {}", px(width), px(HEIGHT))) preserveAspectRatio="none" role="img"
+            aria-label=(format!("{title}: {} {of}, from {} to {}", count(all), figure(h.lo), figure(h.hi))) {
+            @for (i, n) in h.counts.iter().enumerate().filter(|(_, n)| **n > 0) {
+                @let height = HEIGHT * root(*n) / highest;
+                rect x=(px(BAR * i as f64)) y=(px(HEIGHT - height)) width=(px(BAR - 0.6)) height=(px(height)) {}
+            }
+        }
+        p class="histogram-ends" { span { (figure(h.lo)) } span { (count(all)) " " (of) ", square root" } span { (figure(h.hi)) } }
     }
 }
 
@@ -285,6 +338,36 @@ mod tests {
         let both = attributed(&a).into_string();
         assert!(both.contains("<b>−0.193</b>"), "{both}");
         assert!(both.contains("over 8 steps"), "{both}");
+    }
+
+    #[test]
+    fn a_histogram_is_drawn_by_the_root_of_its_counts() {
+        let h = Histogram {
+            lo: -1.0,
+            hi: 3.0,
+            counts: vec![16, 0, 4],
+        };
+        let page = histogram("Logits", "tokens", &h).into_string();
+        assert!(page.contains(r#"viewBox="0 0 12 36""#), "{page}");
+        assert!(
+            page.contains(r#"x="0" y="0" width="3.4" height="36""#),
+            "{page}"
+        );
+        assert!(
+            page.contains(r#"x="8" y="18" width="3.4" height="18""#),
+            "{page}"
+        );
+        assert_eq!(page.matches("<rect").count(), 2);
+        assert!(
+            page.contains("20 tokens") && page.contains("−1.00"),
+            "{page}"
+        );
+        let empty = Histogram {
+            lo: f64::NAN,
+            hi: f64::NAN,
+            counts: Vec::new(),
+        };
+        assert!(!histogram("x", "y", &empty).into_string().contains("NaN"));
     }
 
     #[test]

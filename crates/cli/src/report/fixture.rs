@@ -64,13 +64,34 @@ pub fn sample_json() -> Value {
                     "value": 1.5, "refusal_logodds_delta_unsafe": 4.2,
                     "refusal_logodds_delta_safe": 1.1, "kl_benign": 0.2,
                 },
+                "stability": {"short_list": 0.85, "rank_lo": 0, "rank_hi": 2},
             },
+            "activations": {"lo": 0.5, "hi": 14.2, "counts": [40, 8, 1]},
+            "logits": {"lo": -2.0, "hi": 3.2, "counts": [10, 900, 20]},
             "promotes": [{"token": " sorry", "logit": 3.2}],
             "suppresses": [{"token": "Sure", "logit": -2.0}],
             "top_activations": [{
                 "value": 9.0, "source": "discovery/unsafe-001",
                 "tokens": ["I", "'m", " sorry", ","], "acts": [0.0, 4.0, 9.0, 0.5], "peak": 2,
             }],
+        })
+    };
+    let figure = |v: f64| json!({"value": v, "lo": v - 0.1, "hi": v + 0.1, "n": 12});
+    let set = |latents: &[u32], interaction: Option<f64>| {
+        json!({
+            "latents": latents, "refusal_logodds_delta_unsafe": figure(3.1),
+            "refusal_logodds_delta_safe": figure(2.2), "kl_benign": 0.04,
+            "interaction": interaction.map(figure), "gain": interaction.map(|_| figure(0.8)),
+        })
+    };
+    let site = |name: &str| {
+        let separation = json!({"direction": figure(0.8), "probe": figure(0.85)});
+        json!({
+            "site": name, "last": separation, "mean": separation,
+            "refusal": {
+                "relative_norm": 0.2, "refusal_logodds_delta_unsafe": figure(1.4),
+                "refusal_logodds_delta_safe": figure(-0.2), "kl_benign": 0.02,
+            },
         })
     };
     let point = |latents: &[u32], value: f64, k: f64, chosen: bool| {
@@ -123,6 +144,16 @@ pub fn sample_json() -> Value {
         "discovery": {
             "methods": ["paper_recipe", "refused_vs_complied"], "refused_unsafe": 12,
             "features": [feature(11, 0, false), feature(22, 1, true)],
+            "stability": {
+                "draws": 200, "methods": [["refused_vs_complied", 0.71]], "causal": 0.9,
+            },
+            "sets": {
+                "value": 0.5, "max_kl": 0.1,
+                "sets": [set(&[11], None), set(&[11, 22], Some(-0.3))],
+                "singles": [set(&[11], None), set(&[22], None)],
+                "pairs": [set(&[11, 22], Some(-0.3))],
+            },
+            "sites": [site("blocks.0.hook_resid_post"), site("blocks.12.hook_resid_post")],
         },
         "tune": {
             "aim": "at least 90 % of unsafe validation prompts refused",

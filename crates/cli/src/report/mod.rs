@@ -23,6 +23,8 @@ mod page;
 mod replies;
 mod sae;
 mod sample;
+mod sets;
+mod sites;
 mod sweep;
 mod tradeoff;
 
@@ -30,6 +32,9 @@ mod tradeoff;
 mod fixture;
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+pub use fixture::sample as sample_record;
 
 use anyhow::Result;
 use demur_eval::record::{ArmReply, ArmResult, Record, ReplyRow};

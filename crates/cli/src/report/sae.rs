@@ -121,6 +121,7 @@ fn panel(
         x_label: "step",
         x_ticks: vec![tick(first), tick(first.midpoint(last)), tick(last)],
         log_x: false,
+        y_min: 0.0,
         y_max: None,
         y_format,
         rules: Vec::new(),

@@ -121,9 +121,10 @@ fn panel(
         .iter()
         .enumerate()
         .map(|(i, g)| Series {
-            label: match g[0].latents.len() {
-                1 => "1 latent".to_owned(),
-                n => format!("{n} latents"),
+            label: match (g[0].latents.len(), g[0].searched) {
+                (1, false) => "1 latent".to_owned(),
+                (n, false) => format!("{n} latents"),
+                (n, true) => format!("{n} searched"),
             },
             class: format!("s{i}"),
             points: g
@@ -151,6 +152,7 @@ fn panel(
         x_label,
         x_ticks: values.iter().map(|v| (*v, short(*v))).collect(),
         log_x,
+        y_min: 0.0,
         y_max,
         y_format,
         rules,
@@ -209,7 +211,7 @@ fn table(tune: &Tune) -> Markup {
                     }
                     @for p in tune.sweep.iter().take(ROWS) {
                         tr class=[p.chosen.then_some("chosen")] {
-                            th scope="row" class="mono" { (latents(p)) @if p.chosen { " " span class="tag" { "chosen" } } }
+                            th scope="row" class="mono" { (latents(p)) @if p.searched { " " span class="tag quiet" { "searched" } } @if p.chosen { " " span class="tag" { "chosen" } } }
                             td { (short(p.value)) " " (if p.unit == "x max" { "× max" } else { &p.unit }) }
                             (cell(&p.refusal_unsafe))
                             (cell(&p.refusal_safe))
@@ -237,6 +239,7 @@ mod tests {
     fn point(latents: &[u32], value: f64, chosen: bool) -> SweepPoint {
         SweepPoint {
             latents: latents.to_vec(),
+            searched: false,
             value,
             unit: "x max".to_owned(),
             refusal_unsafe: wilson(6, 24),

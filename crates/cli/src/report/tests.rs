@@ -206,8 +206,12 @@ proptest::proptest! {
 
 #[test]
 fn what_is_missing_does_no_harm() {
-    let nothing: [Change; 14] = [
+    let nothing: [Change; 16] = [
         ("features", |r| r.discovery.features.clear()),
+        ("sets and stability", |r| {
+            (r.discovery.sets, r.discovery.stability) = (None, None)
+        }),
+        ("sites", |r| r.discovery.sites.clear()),
         ("sweep", |r| r.tune.sweep.clear()),
         ("curve", |r| r.sae.curve.clear()),
         ("one point", |r| r.sae.curve.truncate(1)),
@@ -273,6 +277,13 @@ fn what_is_no_number_is_a_dash() {
         f.top_activations
             .iter_mut()
             .for_each(|a| a.acts.fill(f32::NAN));
+    }
+    for set in &mut record.discovery.sets.as_mut().unwrap().sets {
+        (set.refusal_logodds_delta_safe, set.interaction) = (nan, Some(nan));
+    }
+    for site in &mut record.discovery.sites {
+        (site.last.probe, site.mean.direction) = (nan, nan);
+        site.refusal.as_mut().unwrap().refusal_logodds_delta_safe = nan;
     }
     record.replies[0].replies[0].logodds = f32::NAN;
     record.wall_s = f64::NAN;

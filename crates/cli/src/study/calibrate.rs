@@ -25,7 +25,7 @@ use demur_steering::{Condition, Gate, Op, SteeringPlan};
 use serde::{Deserialize, Serialize};
 
 use super::config::CalibrateConfig;
-use super::gate::{GATE_NAME, Trained, gate_prompts};
+use super::gate::{GATE_NAME, Trained};
 use super::tune::Tuned;
 use super::{StudyContext, Working};
 use crate::progress::Progress;
@@ -114,12 +114,11 @@ struct Chat {
 pub fn measure(
     c: &StudyContext,
     sae: &Working,
-    gate: &Trained,
+    (all, gate): (&[Prompt], &Trained),
     tuned: &Tuned,
     scratch: &Path,
 ) -> Result<Measured> {
     let cfg = &c.study.calibrate;
-    let all = gate_prompts(c)?;
     let of = |label| -> Vec<&Prompt> {
         let wanted = |p: &&Prompt| p.split == Some(Split::Validation) && p.label == Some(label);
         evenly(all.iter().filter(wanted).collect(), cfg.prompts)

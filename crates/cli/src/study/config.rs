@@ -3,10 +3,14 @@
 
 mod read;
 
+pub use read::SaeToTrain;
+
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use demur_model::hooks::Role;
 
 use crate::architecture::ArchitectureConfig;
 use crate::catalogue::DEFAULT_MODEL;
@@ -131,6 +135,9 @@ pub enum SaeSource {
 pub struct CorpusConfig {
     /// JSONL(.gz) files of `text` or `messages`; relative to the study's file.
     pub files: Vec<PathBuf>,
+    /// Shares of the files in the tokens that are read of them, one for each; equal, if empty. A file
+    /// that has come to its end leaves its share to the others.
+    pub weights: Vec<f64>,
     /// Chats that the model writes itself, to prompts that demur ships.
     pub on_policy: bool,
     /// Replies sampled to each prompt of the on-policy corpus.
@@ -143,6 +150,9 @@ pub struct CorpusConfig {
     pub max_tokens: usize,
     /// Longest sequence, tokens; longer texts are cut.
     pub context: usize,
+    /// Whose tokens of chats are trained on; without `"template"`, the marks between turns are left out.
+    /// Texts count whole. The first token of a sequence, which may be BOS, never counts.
+    pub roles: Vec<Role>,
 }
 
 /// SAE training.
@@ -169,6 +179,52 @@ pub struct TrainConfig {
     pub auxk_alpha: Option<f64>,
     /// Steps over which the learning rate rises from zero to its peak.
     pub warmup_steps: usize,
+    /// Tokens without firing after which a latent is dead; those of one pass, if absent, but no more than
+    /// `buffer`.
+    pub dead_after: Option<u64>,
+    /// Tokens whose activations are in memory at once, 4 bytes times `d_model` each, for each site. A corpus
+    /// that is larger is streamed through it: in one pass over the model, shuffled by parts of this size.
+    pub buffer: usize,
+    /// More SAEs, trained from the same pass over the model; what is not given is as for the study's own.
+    pub saes: Vec<SaeBeside>,
+    /// Steps between states that a stopped run goes on from.
+    pub checkpoint_every: usize,
+    /// States that are kept: if the newest is damaged, the one before is used. Each takes 24 bytes times
+    /// `d_model` times the number of latents.
+    pub checkpoints: usize,
+}
+
+/// An SAE that is trained beside the study's own, from the same pass over the model. What is not given is
+/// as for the study's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SaeBeside {
+    /// Names its folder, in `train/saes/`.
+    pub name: String,
+    /// The hook site it reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+    /// Latents active at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k: Option<usize>,
+    /// What makes latents active, with keys as in `[train.architecture]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<ArchitectureConfig>,
+    /// Latents as a multiple of the residual stream's width.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expansion: Option<f64>,
+    /// Latents; overrides `expansion`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub d_sae: Option<usize>,
+    /// Adam's peak learning rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// Weight of the auxiliary loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auxk_alpha: Option<f64>,
+    /// Of its first weights; the order of rows is the same for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
 }
 
 /// The prompts of discovery, tuning and test.
@@ -222,6 +278,11 @@ pub struct GateConfig {
     pub files: Vec<PathBuf>,
     /// At most this many prompts of each of the files, drawn by the study's seed; 0 takes all.
     pub per_file: usize,
+    /// A JSONL(.gz) file of wrappers, `id` and `template` with `{request}`, under which some of the prompts
+    /// are learnt from as well; relative to the study's file. One wrapper in five is for validation.
+    pub wrappers: Option<PathBuf>,
+    /// The share of prompts that are read under a wrapper as well; around each are as many of either label.
+    pub wrapped: f64,
     /// JSONL(.gz) files of prompts that are kept for a test: nothing that is like one of them is learnt
     /// from. Relative to the study's file.
     pub held_out: Vec<PathBuf>,
@@ -258,6 +319,16 @@ pub struct DiscoveryConfig {
     /// What latents add to the refusal log-odds, by gradients; off by default.
     #[serde(skip_serializing_if = "AttributionConfig::is_off")]
     pub attribution: AttributionConfig,
+    /// Draws of the prompts, with replacement, that say how stable the short list and its ranking are;
+    /// no model runs for it. 0 turns it off.
+    pub resamples: usize,
+    /// A search for small sets of latents that raise the refusal together; off by default.
+    #[serde(skip_serializing_if = "SetsConfig::is_off")]
+    pub sets: SetsConfig,
+    /// Compare all sites of the model: where unsafe requests differ from look-alikes, and where the
+    /// direction of refusal acts. One pass a site over the validation prompts.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub compare_sites: bool,
     /// Latents in the report.
     pub report_features: usize,
 }
@@ -277,6 +348,39 @@ impl AttributionConfig {
     /// Whether there is nothing to do.
     pub fn is_off(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// A search for small sets of latents, by the refusal log-odds at the first reply token.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SetsConfig {
+    /// Latents of the largest set; 0 turns it off. `tune` then tries the sets found beside those that
+    /// are the first of the ranking, for each of its `set_sizes`.
+    pub size: usize,
+    /// Latents that are searched, the first of the ranking. All their pairs are measured.
+    pub pool: usize,
+    /// The value that each is clamped to, times its largest activation.
+    pub value: f64,
+    /// The most that a set may change benign text: mean KL from base at the first reply token, nats.
+    pub max_kl: f64,
+}
+
+impl SetsConfig {
+    /// Whether there is nothing to do.
+    pub fn is_off(&self) -> bool {
+        self.size == 0
+    }
+}
+
+impl Default for SetsConfig {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            pool: 8,
+            value: 0.5,
+            max_kl: 0.1,
+        }
     }
 }
 
@@ -434,12 +538,14 @@ impl Default for CorpusConfig {
     fn default() -> Self {
         Self {
             files: Vec::new(),
+            weights: Vec::new(),
             on_policy: true,
             samples: 1,
             temperature: 0.8,
             max_new_tokens: 64,
             max_tokens: 200_000,
             context: 256,
+            roles: vec![Role::Template, Role::System, Role::User, Role::Assistant],
         }
     }
 }
@@ -456,6 +562,27 @@ impl Default for TrainConfig {
             lr: None,
             auxk_alpha: None,
             warmup_steps: 100,
+            dead_after: None,
+            buffer: 131_072,
+            saes: Vec::new(),
+            checkpoint_every: 100,
+            checkpoints: 3,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// What the SAE depends on: how states are kept may be changed between a stop and going on.
+    pub fn inputs(&self) -> Self {
+        let Self {
+            checkpoint_every,
+            checkpoints,
+            ..
+        } = Self::default();
+        Self {
+            checkpoint_every,
+            checkpoints,
+            ..self.clone()
         }
     }
 }
@@ -475,6 +602,9 @@ impl Default for DiscoveryConfig {
             clamp: 1.5,
             causal_prompts: 12,
             attribution: AttributionConfig::default(),
+            resamples: 200,
+            sets: SetsConfig::default(),
+            compare_sites: false,
             report_features: 12,
         }
     }
@@ -490,6 +620,8 @@ impl Default for GateConfig {
             recall: 0.95,
             files: Vec::new(),
             per_file: 0,
+            wrappers: None,
+            wrapped: 0.3,
             held_out: Vec::new(),
         }
     }

@@ -4,8 +4,15 @@
 //! last tokens and the first of the reply) latents are contrasted: harmful requests against their
 //! look-alikes, and refused against complied ones. The paper's recipe adds the latents that are
 //! active on two or more tokens of one refusal. Gradients say what each latent adds to the refusal
-//! log-odds. The short list is clamped, one latent at a time, and
+//! log-odds. The short list is clamped, one latent at a time (`causal.rs`), and
 //! scored on *validation* prompts by the rise of the refusal log-odds at the first reply token.
+//!
+//! If asked, small sets of the best are searched the same way, and all sites of the model are compared
+//! (`sites.rs`). How stable the short list is, `stability.rs` says.
+
+mod causal;
+mod sites;
+mod stability;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,15 +20,20 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use demur_eval::arms::{Arm, Item};
-use demur_eval::judge::{Verdict, refusal_log_odds, refusal_log_odds_gradient};
-use demur_eval::prompts::{self, Label, Prompt, Split};
-use demur_features::activations::{CodedSequence, active_on_reply, latent_stats, top_activations};
-use demur_features::attribution::{Attributions, attribute};
-use demur_features::causal::{last_logits, mean_kl, mean_rise};
+use demur_eval::judge::{Verdict, refusal_log_odds_gradient};
+use demur_eval::prompts::{Label, Prompt, Split};
+use demur_features::activations::{
+    CodedSequence, activations_over, active_on_reply, latent_stats, top_activations,
+};
+use demur_features::attribution::{Attributions, PromptAttribution, attribute};
 use demur_features::contrast::{Design, PromptSummary, contrast};
 use demur_features::harvest::{Products, Sequence, harvest};
-use demur_features::lens::promoted;
-use demur_features::table::{CausalEvidence, Evidence, Feature, FeatureTable, RecipeEvidence};
+use demur_features::lens;
+use demur_features::ranking::{places, short_list};
+use demur_features::sites::difference_of_means;
+use demur_features::table::{
+    Evidence, Feature, FeatureTable, Histogram, RecipeEvidence, StabilityEvidence,
+};
 use demur_sae::Sae;
 use demur_steering::{InterventionSpec, LatentEdit, Op, SteeringPlan, Unit};
 use serde::{Deserialize, Serialize};
@@ -30,11 +42,22 @@ use super::config::Method;
 use super::corpus::read_sequences;
 use super::{SAE_NAME, StudyContext, Working, with_reply};
 use crate::progress::Progress;
+use causal::Bench;
 
 /// Tokens of context on each side of a top activation.
 const CONTEXT: usize = 8;
 /// Template tokens before the reply that a contrast looks at.
 const CLOSING: usize = 3;
+/// Tokens that a feature promotes, and tokens that it suppresses.
+const TOKENS: usize = 10;
+/// Contexts of a feature.
+const CONTEXTS: usize = 5;
+/// Bins of a histogram.
+const BINS: usize = 50;
+/// Benign prompts on which candidates are priced.
+const BENIGN: usize = 4;
+/// Benign prompts on which sets and sites are: there a limit is set by it.
+const MORE_BENIGN: usize = 8;
 
 /// What the stage leaves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -88,7 +111,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     let stats = latent_stats(&all, sae);
     let (norm_sum, norm_n) = codes.norms;
     let resid_norm = (norm_sum / norm_n.max(1) as f64) as f32;
-    let direction = refusal_direction(&codes.last_prompt_rows(&items), &refused, sae.d_model());
+    let direction = difference_of_means(&codes.last_prompt_rows(&items), &refused);
 
     // Contrasts and recipe.
     let summaries: Vec<PromptSummary> = items
@@ -109,28 +132,31 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
             .collect()
     };
     let n_unsafe = on_unsafe.len();
-    let attributions = attributions(c, sae, &items[..n_unsafe], &codes.rows)?;
+    let attributed = attribute_prompts(c, sae, &items[..n_unsafe], &codes.rows)?;
+    let attributions = attributed
+        .as_ref()
+        .map(|(_, found)| Attributions::new(found, cfg.attribution.steps));
+    let pairing = design(&on_unsafe, &on_safe);
+    // The paper's recipe on one refusal: latents with the tokens on which they are active.
+    let recipe = |i: usize| -> Vec<(u32, usize)> {
+        let prompt = items[i].tokens.len();
+        let mut found = active_on_reply(&chats[i], prompt..chats[i].tokens.len(), 2);
+        found.retain(|(j, _)| stats.density[*j as usize] <= cfg.max_density);
+        found
+    };
     let mut evidence: BTreeMap<u32, Evidence> = BTreeMap::new();
-    let mut short = Vec::new();
-    let share = cfg.candidates.div_ceil(cfg.methods.len());
+    let mut rankings: Vec<Vec<u32>> = Vec::new();
     for method in &cfg.methods {
-        let ranked: Vec<u32> = match method {
+        rankings.push(match method {
             Method::PaperRecipe => {
-                let Some(i) = (0..n_unsafe).find(|&i| refused[i]) else {
-                    continue;
-                };
-                let prompt = items[i].tokens.len();
-                let found = active_on_reply(&chats[i], prompt..chats[i].tokens.len(), 2);
-                found
-                    .iter()
-                    .filter(|(j, _)| stats.density[*j as usize] <= cfg.max_density)
-                    .map(|&(j, count)| {
-                        evidence.entry(j).or_default().paper_recipe = Some(RecipeEvidence {
-                            active_refusal_tokens: count,
-                        });
-                        j
-                    })
-                    .collect()
+                let first = (0..n_unsafe).find(|&i| refused[i]);
+                let found = first.map(recipe).unwrap_or_default();
+                for &(j, count) in &found {
+                    evidence.entry(j).or_default().paper_recipe = Some(RecipeEvidence {
+                        active_refusal_tokens: count,
+                    });
+                }
+                found.iter().map(|f| f.0).collect()
             }
             Method::HarmfulVsLookalike => {
                 let (p, n) = (pick(&|i| i < n_unsafe), pick(&|i| i >= n_unsafe));
@@ -138,7 +164,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                     "harmful_vs_lookalike",
                     &p,
                     &n,
-                    design(&on_unsafe, &on_safe),
+                    pairing,
                     &stats.density,
                     cfg.max_density,
                 )?;
@@ -168,58 +194,98 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                 ranked.retain(|&j| stats.density[j as usize] <= cfg.max_density);
                 ranked
             }
-        };
-        let fresh: Vec<u32> = ranked
-            .into_iter()
-            .filter(|j| !short.contains(j))
-            .take(share)
-            .collect();
-        short.extend(fresh);
+        });
     }
-    short.truncate(cfg.candidates);
+    let short = short_list(&rankings, cfg.candidates);
     if short.is_empty() {
         bail!("no latent passed the filters: raise discovery.max_density or give more prompts");
     }
 
-    let features = score(c, sae, &short, &stats.max_activation, resid_norm)?;
+    let working = Working {
+        sae: Arc::clone(sae),
+        sha256: String::new(),
+        max_activation: stats.max_activation.clone().into(),
+        resid_norm,
+    };
+    let scored = causal::score(&Bench::new(c, &working, 0, BENIGN)?, &short)?;
+    let of_prompts = stability::Prompts {
+        summaries: &summaries,
+        refused: &refused,
+        n_unsafe,
+        pairing,
+        density: &stats.density,
+        attributed: attributed.as_ref(),
+        recipe: &recipe,
+    };
+    let resampled = of_prompts.resample(cfg, c.study.seed);
+    let rises: Vec<Vec<f64>> = scored.iter().map(|s| s.rises.clone()).collect();
+    let placed = places(&rises, cfg.resamples, c.study.seed);
+    let ranked: Vec<u32> = scored.iter().map(|s| s.latent).collect();
+    let bench = match !cfg.sets.is_off() || cfg.compare_sites {
+        true => Some(Bench::new(c, &working, cfg.causal_prompts, MORE_BENIGN)?),
+        false => None,
+    };
+    let sets = match &bench {
+        Some(bench) if !cfg.sets.is_off() => Some(causal::sets(bench, &ranked, &cfg.sets)?),
+        _ => None,
+    };
+    let sites = match &bench {
+        Some(bench) if cfg.compare_sites => sites::compare(bench, &prompts, &refused)?,
+        _ => Vec::new(),
+    };
+
     let text = |id: u32| c.loaded.tokenizer.token_text(id);
-    let table = features
+    let table = scored
         .into_iter()
+        .zip(placed.intervals)
         .enumerate()
-        .map(|(rank, (latent, causal))| {
+        .map(|(rank, (scored, (rank_lo, rank_hi)))| {
+            let latent = scored.latent;
             let row = sae.decoder_row(latent as usize);
             let mut e = evidence.remove(&latent).unwrap_or_default();
             e.density = Some(stats.density[latent as usize]);
             e.max_activation = Some(f64::from(stats.max_activation[latent as usize]));
             e.cosine_refusal_direction = Some(cosine(row, &direction));
             e.attribution = attributions.as_ref().map(|a| a.of(latent));
-            e.causal = Some(causal);
-            let reported = rank < cfg.report_features;
-            let (promotes, suppresses) = if reported {
-                promoted(&c.loaded.model, row, 8, text)
-            } else {
-                (Vec::new(), Vec::new())
-            };
-            let contexts = if reported { 5 } else { 0 };
-            Feature {
+            e.causal = Some(scored.evidence);
+            e.stability = resampled.as_ref().map(|r| StabilityEvidence {
+                short_list: r.listed.get(&latent).copied().unwrap_or_default(),
+                rank_lo,
+                rank_hi,
+            });
+            let mut feature = Feature {
                 latent,
                 rank,
                 chosen: false,
                 evidence: e,
-                promotes,
-                suppresses,
-                top_activations: top_activations(&all, latent, contexts, CONTEXT, text),
+                promotes: Vec::new(),
+                suppresses: Vec::new(),
+                top_activations: Vec::new(),
+                activations: None,
+                logits: None,
+            };
+            if rank < cfg.report_features {
+                let logits = lens::logits(&c.loaded.model, row);
+                (feature.promotes, feature.suppresses) = lens::promoted(&logits, TOKENS, text);
+                feature.top_activations = top_activations(&all, latent, CONTEXTS, CONTEXT, text);
+                feature.activations = Histogram::of(&activations_over(&all, latent), BINS);
+                feature.logits = Histogram::of(&logits, BINS);
             }
+            feature
         })
         .collect();
-    let methods = cfg
+    let methods: Vec<String> = cfg
         .methods
         .iter()
-        .map(|m| serde_json::to_value(m).map(|v| v.as_str().unwrap_or_default().to_owned()));
+        .map(|m| serde_json::to_value(m).map(|v| v.as_str().unwrap_or_default().to_owned()))
+        .collect::<Result<_, _>>()?;
     Ok(Found {
         table: FeatureTable {
-            methods: methods.collect::<Result<_, _>>()?,
+            stability: resampled.map(|r| stability::summary(r, &methods, cfg, placed.correlation)),
+            methods,
             features: table,
+            sets,
+            sites,
         },
         refused_unsafe,
         max_activation: stats.max_activation,
@@ -229,22 +295,23 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     })
 }
 
-/// What latents add to the refusal log-odds of unsafe prompts, on the tokens that a clamp edits; `rows`
-/// are the residuals of each prompt and its reply.
-fn attributions(
+/// What latents add to the refusal log-odds of unsafe prompts, on the tokens that a clamp edits: which
+/// prompts, and what was found of each. `rows` are the residuals of each prompt and its reply.
+fn attribute_prompts(
     c: &StudyContext,
     sae: &Sae,
     items: &[Item],
     rows: &[Vec<f32>],
-) -> Result<Option<Attributions>> {
+) -> Result<Option<(Vec<usize>, Vec<PromptAttribution>)>> {
     let cfg = &c.study.discovery.attribution;
     if cfg.prompts == 0 {
         return Ok(None);
     }
     let n = cfg.prompts.min(items.len());
     let bar = Progress::new("discover", "attributions", n as u64);
+    let looked_at: Vec<usize> = (0..n).map(|i| i * items.len() / n).collect();
     let mut found = Vec::with_capacity(n);
-    for i in (0..n).map(|i| i * items.len() / n) {
+    for &i in &looked_at {
         let tokens = items[i].tokens.len();
         found.push(attribute(
             &c.loaded.model,
@@ -258,7 +325,7 @@ fn attributions(
         bar.advance(1);
     }
     bar.finish();
-    Ok(Some(Attributions::new(&found, cfg.steps)))
+    Ok(Some((looked_at, found)))
 }
 
 /// Whether each unsafe prompt stands beside its own look-alike.
@@ -293,65 +360,6 @@ pub fn clamp_plan(
         })
         .collect();
     SteeringPlan::single(name, spec)
-}
-
-/// Clamps each candidate alone on validation prompts; the largest rise in refusal first.
-fn score(
-    c: &StudyContext,
-    sae: &Arc<Sae>,
-    candidates: &[u32],
-    max_activation: &[f32],
-    resid_norm: f32,
-) -> Result<Vec<(u32, CausalEvidence)>> {
-    let cfg = &c.study.discovery;
-    let working = Working {
-        sae: Arc::clone(sae),
-        sha256: String::new(),
-        max_activation: max_activation.into(),
-        resid_norm,
-    };
-    let sequences = |prompts: Vec<&Prompt>| -> Result<Vec<Sequence>> {
-        let items = c.items(&prompts[..prompts.len().min(cfg.causal_prompts)])?;
-        Ok(items.iter().map(|i| with_reply(i, &[])).collect())
-    };
-    let benign = prompts::shipped_benign()?;
-    let on_unsafe = sequences(c.prompts(Split::Validation, Label::Unsafe))?;
-    let on_benign = sequences(
-        benign
-            .iter()
-            .filter(|p| p.split == Some(Split::Validation))
-            .take(4)
-            .collect(),
-    )?;
-    let both: Vec<&Sequence> = on_unsafe.iter().chain(&on_benign).collect();
-    let tokens = c.study.model.batch_tokens;
-    let base = last_logits(&c.loaded.model, &both, None, tokens)?;
-    let n = on_unsafe.len();
-    let bar = Progress::new("discover", "candidates", candidates.len() as u64);
-    let mut scored = Vec::new();
-    for &latent in candidates {
-        let plan = clamp_plan("candidate", c, &[latent], cfg.clamp, Unit::RelMax);
-        let hook = c.compile(&plan, &working)?;
-        let after = last_logits(&c.loaded.model, &both, Some(hook.as_ref()), tokens)?;
-        let odds = |row: &[f32]| refusal_log_odds(row, &c.openers);
-        scored.push((
-            latent,
-            CausalEvidence {
-                value: cfg.clamp,
-                refusal_logodds_delta_unsafe: mean_rise(&base[..n], &after[..n], odds),
-                refusal_logodds_delta_safe: None,
-                kl_benign: Some(mean_kl(&base[n..], &after[n..])),
-            },
-        ));
-        bar.advance(1);
-    }
-    bar.finish();
-    scored.sort_by(|(i, a), (j, b)| {
-        b.refusal_logodds_delta_unsafe
-            .total_cmp(&a.refusal_logodds_delta_unsafe)
-            .then(i.cmp(j))
-    });
-    Ok(scored)
 }
 
 /// Codes of sequences, with norms and rows noted on the way.
@@ -422,27 +430,6 @@ impl<'a> Codes<'a> {
             })
             .collect()
     }
-}
-
-/// Mean of the refused rows less the mean of the others.
-fn refusal_direction(rows: &[Vec<f32>], refused: &[bool], d: usize) -> Vec<f32> {
-    let mean = |want: bool| -> Vec<f64> {
-        let group: Vec<&Vec<f32>> = rows
-            .iter()
-            .zip(refused)
-            .filter(|(_, r)| **r == want)
-            .map(|(x, _)| x)
-            .collect();
-        let n = group.len().max(1) as f64;
-        (0..d)
-            .map(|i| group.iter().map(|x| f64::from(x[i])).sum::<f64>() / n)
-            .collect()
-    };
-    mean(true)
-        .iter()
-        .zip(mean(false))
-        .map(|(a, b)| (a - b) as f32)
-        .collect()
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {

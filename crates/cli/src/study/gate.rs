@@ -1,27 +1,24 @@
 //! Stage `gate`: a condition on latents that tells an unsafe request from one that only looks so.
 //!
-//! Trained on the discovery split of pairs and ordinary requests, chosen and calibrated on the
+//! Trained on the rows of stage `read`, of the discovery split's prompts, chosen and calibrated on the
 //! validation split, and then run once on the test split: over all, by category, by style, and on
 //! the categories that training never saw. Beside it stand a probe on the raw residual, trained and
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
-use demur_eval::prompts::{self, Known, Label, Prompt, Split};
+use anyhow::{Context, Result};
+use demur_eval::prompts::{Label, Prompt, Split};
 use demur_features::gate::{
     self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
 };
-use demur_features::harvest::Sequence;
-use demur_model::hooks::{Role, Site};
+use demur_model::hooks::Role;
 use demur_sae::Sae;
 use demur_steering::{Aggregate, Gate, PLAN_VERSION, Scope, SteeringPlan};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::config::Reads;
-use super::{SAE_NAME, StudyContext, with_reply};
-use crate::progress::{Progress, note};
+use super::{SAE_NAME, StudyContext, read};
 
 /// The name that plans of a study give the gate.
 pub const GATE_NAME: &str = "unsafe";
@@ -67,8 +64,12 @@ impl Trained {
     }
 }
 
-pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
-    let prompts = gate_prompts(c)?;
+pub fn run(
+    c: &StudyContext,
+    sae: &Sae,
+    prompts: &[Prompt],
+    (latents, residual): (Vec<Pooled>, Vec<Pooled>),
+) -> Result<Trained> {
     let of = |split| prompts.iter().filter(|p| p.split == Some(split)).count();
     let (n_train, n_validation) = (of(Split::Discovery), of(Split::Validation));
     let train = 0..n_train;
@@ -78,21 +79,8 @@ pub fn run(c: &StudyContext, sae: &Sae) -> Result<Trained> {
         .iter()
         .map(|p| p.label == Some(Label::Unsafe))
         .collect();
-    let items = c.items(&prompts.iter().collect::<Vec<_>>())?;
-    let sequences: Vec<Sequence> = items.iter().map(|i| with_reply(i, &[])).collect();
-    let bar = Progress::new("gate", "prompts", prompts.len() as u64);
-    let tokens = c.study.model.batch_tokens;
     let cfg = &c.study.gate;
-    let probed = probed_sites(c)?;
-    let (latents, residual) = gate::read(
-        &c.loaded.model,
-        &probed,
-        cfg.reads.contains(&Reads::Latents).then_some(sae),
-        &sequences,
-        tokens,
-        || bar.advance(1),
-    )?;
-    bar.finish();
+    let probed = read::sites(c)?;
     let width = sae.d_model() * probed.len();
     let mut candidates = Vec::new();
     for &reads in &cfg.reads {
@@ -163,89 +151,6 @@ fn in_words(reads: Reads) -> &'static str {
     }
 }
 
-/// The sites whose residual a gate may read, the SAE's the last.
-fn probed_sites(c: &StudyContext) -> Result<Vec<Site>> {
-    let mut sites = Vec::new();
-    for name in &c.study.gate.sites {
-        let site = name
-            .parse::<Site>()?
-            .check(c.loaded.model.spec().n_layers)?;
-        if site > c.site {
-            bail!("gate.sites: {site} is after {}, where the clamp is", c.site);
-        }
-        sites.push(site);
-    }
-    sites.push(c.site);
-    sites.sort_unstable();
-    sites.dedup();
-    Ok(sites)
-}
-
-/// Prompts of the discovery, the validation and the test split, in this order.
-pub(super) fn gate_prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
-    let mut all = match &c.study.prompts.file {
-        Some(_) => c.prompts.clone(),
-        None => super::shipped_pairs(super::ShippedPairs::All)?,
-    };
-    all.extend(prompts::shipped_instructions()?);
-    let cfg = &c.study.gate;
-    let mut held_out = Vec::new();
-    for file in &cfg.held_out {
-        held_out.extend(prompts::read_rows(file)?);
-    }
-    let held_out = Known::new(held_out.iter().map(|p| p.prompt.as_str()));
-    for file in &cfg.files {
-        let more = prompts::read_rows(file)?;
-        let before = more.len();
-        let mut more = drawn(more, cfg.per_file, c.study.seed);
-        let taken = more.len();
-        more.retain(|p| p.label.is_some() && !held_out.resembles(&p.prompt));
-        let place = file.display();
-        note(format_args!(
-            "{:<12} {} of {before} prompts of {place}; {} more have no label or are like prompts of a test",
-            "gate",
-            more.len(),
-            taken - more.len()
-        ));
-        prompts::disjoint(&place.to_string(), all.iter().chain(&more))?;
-        all.extend(more);
-    }
-    all.retain(|p| p.label.is_some());
-    let of = |split| all.iter().filter(move |p| p.split == Some(split)).cloned();
-    let splits = [Split::Discovery, Split::Validation, Split::Test];
-    Ok(splits.into_iter().flat_map(of).collect())
-}
-
-/// At most `most` of the prompts (0: all), drawn by `seed`; each in a split, a pair in one.
-fn drawn(mut prompts: Vec<Prompt>, most: usize, seed: u64) -> Vec<Prompt> {
-    let key = |p: &Prompt| -> [u8; 32] {
-        let mut hash = Sha256::new();
-        hash.update(seed.to_le_bytes());
-        match p.pair {
-            Some(pair) => hash.update(pair.to_le_bytes()),
-            None => hash.update(&p.prompt),
-        }
-        hash.finalize().into()
-    };
-    // A text that is there twice would be in two splits.
-    let mut seen = HashSet::new();
-    prompts.retain(|p| seen.insert(p.prompt.clone()));
-    prompts.sort_by_cached_key(|p| (key(p), p.id.clone()));
-    if most > 0 {
-        prompts.truncate(most);
-    }
-    for (i, group) in prompts.chunk_by_mut(|a, b| key(a) == key(b)).enumerate() {
-        for p in group {
-            p.split = Some(match i % 5 {
-                4 => Split::Validation,
-                _ => Split::Discovery,
-            });
-            p.pair = None;
-        }
-    }
-    prompts
-}
-
 fn category(p: &Prompt) -> &str {
     p.category.as_deref().unwrap_or(NO_CATEGORY)
 }
@@ -266,6 +171,9 @@ fn report(prompts: &[Prompt], scored: &[(f64, bool)], threshold: f64, known: &[&
         group("against look-alikes".to_owned(), &|p| p.pair.is_some()),
         group("against ordinary requests".to_owned(), &|p| {
             is_unsafe(p) || p.pair.is_none()
+        }),
+        group("under wrappers not trained on".to_owned(), &|p| {
+            p.style.as_deref() == Some(read::WRAPPED)
         }),
         group("categories not trained on".to_owned(), &|p| {
             is_new(p) && p.pair.is_some()

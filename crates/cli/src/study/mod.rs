@@ -1,8 +1,9 @@
 //! The main job: a study from a model to a report.
 //!
-//! `pull -> harvest -> train -> gate -> discover -> tune -> calibrate -> evaluate -> report`, one file a
-//! stage; `gate` and `calibrate` only if an arm wants them. Each stage is a function of the study's config and of what the stages before it left; [`run`] keeps
-//! their outputs, so that a killed study goes on where it was.
+//! `pull -> harvest -> train -> discover -> tune -> gate -> calibrate -> evaluate -> report`, one file a stage;
+//! `gate` (which learns from what `read` pools) and `calibrate` only if an arm wants them. Each stage is a
+//! function of the study's config and of what the stages that it builds on left; [`run`] keeps their outputs,
+//! so that a killed study goes on where it was.
 
 mod calibrate;
 pub mod config;
@@ -10,9 +11,11 @@ mod corpus;
 mod discover;
 mod evaluate;
 mod gate;
+mod read;
 mod record;
 mod run;
 mod shipped;
+mod stream;
 mod train;
 mod tune;
 
@@ -36,11 +39,12 @@ use crate::exit::Hinted;
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, note, say};
-use config::{SaeSource, ShippedPairs, Study};
+use config::{SaeSource, SaeToTrain, ShippedPairs, Study};
 pub use gate::{GATE_NAME, Trained as TrainedGate};
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 pub use shipped::plan as default_plan;
+pub use train::folder as sae_folder;
 
 /// The name that plans of a study give its SAE.
 pub const SAE_NAME: &str = "main";
@@ -141,10 +145,8 @@ fn plan(run: &mut run::Run, c: &StudyContext) -> Result<Planned> {
     if c.study.evaluate.arms.contains(&config::Arm::DefaultPlan) {
         fits_default_plan(c, &sae, &trained.sha256)?;
     }
-    let gate = match c.study.wants_gate() {
-        true => Some(train_gate(run, c, &sae, &trained.sha256)?),
-        false => None,
-    };
+    // A gate learns from the model and the SAE alone: a change of one of the two branches leaves the other.
+    let before = run.link();
     let found = run.stage(
         "discover",
         &(&c.study.discovery, &c.study.prompts),
@@ -159,17 +161,23 @@ fn plan(run: &mut run::Run, c: &StudyContext) -> Result<Planned> {
     let tuned = run.stage("tune", &c.study.tune, |scratch| {
         tune::run(c, &working, &found, scratch)
     })?;
-    let calibrated = match &gate {
-        Some(gate) if c.study.wants_calibration() => {
+    let mut gate = None;
+    let mut calibrated = None;
+    if c.study.wants_gate() {
+        let clamp = run.link();
+        run.go_on_from(&before);
+        let (prompts, trained) = train_gate(run, c, &working.sae, &working.sha256)?;
+        if c.study.wants_calibration() {
             let cfg = &c.study.calibrate;
-            let inputs = (&cfg.damp, cfg.max_new_tokens, cfg.prompts);
+            let inputs = (&cfg.damp, cfg.max_new_tokens, cfg.prompts, &clamp);
             let measured = run.stage("calibrate", &inputs, |scratch| {
-                calibrate::measure(c, &working, gate, &tuned, scratch)
+                calibrate::measure(c, &working, (&prompts, &trained), &tuned, scratch)
             })?;
-            Some(calibrate::choose(&measured, cfg))
+            calibrated = Some(calibrate::choose(&measured, cfg));
         }
-        _ => None,
-    };
+        run.go_on_from(&format!("{clamp} {}", run.link()));
+        gate = Some(trained);
+    }
     let planned = Planned {
         trained,
         working,
@@ -203,12 +211,12 @@ fn fits_default_plan(c: &StudyContext, sae: &Arc<Sae>, sha256: &str) -> Result<(
     Ok(())
 }
 
-/// Runs the stages up to `train`; returns the SAE's folder and its figures.
+/// Runs the stages up to `train`; returns that stage's folder and its figures.
 pub fn train_only(study: Study, options: &Options) -> Result<(PathBuf, train::Trained)> {
     let mut run = run::Run::open(options.runs.join(&study.name), None)?;
     let (_, context) = pull(&mut run, study)?;
     let trained = corpus_and_sae(&mut run, &context)?;
-    Ok((run.dir.join("train").join("sae"), trained))
+    Ok((run.dir.join("train"), trained))
 }
 
 /// Runs the stages up to `gate`; returns the file of the plan with the gate, and its figures.
@@ -217,24 +225,29 @@ pub fn gate_only(study: Study, options: &Options) -> Result<(PathBuf, gate::Trai
     let (_, context) = pull(&mut run, study)?;
     let trained = corpus_and_sae(&mut run, &context)?;
     let sae = train::load(&context, &run.dir.join("train"))?;
-    let gate = train_gate(&mut run, &context, &sae, &trained.sha256)?;
+    let (_, gate) = train_gate(&mut run, &context, &sae, &trained.sha256)?;
     Ok((run.dir.join("gate.toml"), gate))
 }
 
-/// The stage `gate`; leaves `gate.toml`, a plan that has the gate and no intervention.
+/// The stage `gate`; leaves `gate.toml`, a plan that has the gate and no intervention. Returns the prompts that
+/// it learnt from and was tried on, and the gate.
 fn train_gate(
     run: &mut run::Run,
     c: &StudyContext,
     sae: &Sae,
     sae_sha256: &str,
-) -> Result<gate::Trained> {
-    let files = c.study.gate.files.iter().chain(&c.study.gate.held_out);
-    let files = files.map(|f| stamp(f));
-    let inputs = (&c.study.gate, &c.study.prompts, files.collect::<Vec<_>>());
-    let trained = run.stage("gate", &inputs, |_| gate::run(c, sae))?;
+) -> Result<(Vec<Prompt>, gate::Trained)> {
+    let prompts = read::prompts(c)?;
+    let g = &c.study.gate;
+    let what = (&c.study.prompts.system, &g.reads, &g.sites);
+    let folder = run.folder("read", &what)?;
+    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall);
+    let trained = run.stage("gate", &inputs, |_| {
+        gate::run(c, sae, &prompts, read::rows(c, sae, &prompts, &folder)?)
+    })?;
     let plan = trained.plan(sae_sha256).to_toml()?;
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
-    Ok(trained)
+    Ok((prompts, trained))
 }
 
 /// The shipped SAE of the default study, and the sha256 of its weights.
@@ -277,7 +290,8 @@ fn corpus_and_sae(run: &mut run::Run, c: &StudyContext) -> Result<train::Trained
         SaeSource::Path => stamp(Path::new(&s.sae.name)),
         SaeSource::Train | SaeSource::Shipped => Vec::new(),
     };
-    run.stage("train", &(&s.sae, &s.train, s.seed, sae_files), |scratch| {
+    let inputs = (&s.sae, s.train.inputs(), s.seed, sae_files);
+    run.stage("train", &inputs, |scratch| {
         train::run(c, &corpus, &harvest, scratch)
     })
 }
@@ -383,6 +397,7 @@ impl StudyContext {
             max_new_tokens,
             &self.openers,
             &scratch.join("replies.jsonl"),
+            |n| bar.resume(n as u64),
             |_| bar.advance(1),
         )?;
         bar.finish();
@@ -451,8 +466,15 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
         SaeSource::Shipped => format!("load the shipped SAE '{}'", study.sae.name),
         SaeSource::Path => format!("load the SAE in {}", study.sae.name),
         SaeSource::Train => {
-            let (name, k) = (study.train.architecture.name, study.train.k);
-            format!("train a {name:?} SAE, k = {k}")
+            let saes = study.saes()?;
+            let of = |s: &SaeToTrain| {
+                let (name, k) = (s.architecture.name, s.k);
+                format!("a {name:?} SAE at {}, k = {k}", s.site)
+            };
+            format!(
+                "train {}",
+                saes.iter().map(of).collect::<Vec<_>>().join("; ")
+            )
         }
     };
     let arms: Vec<_> = study.evaluate.arms.iter().map(|a| a.name()).collect();
@@ -463,16 +485,6 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
         ("pull", study.model.name.clone()),
         ("harvest", study.sae.site.clone()),
         ("train", sae),
-        (
-            "gate",
-            match study.wants_gate() {
-                true => format!(
-                    "recall {}, {:?} latents",
-                    study.gate.recall, study.gate.sizes
-                ),
-                false => "none: no arm wants one".to_owned(),
-            },
-        ),
         (
             "discover",
             format!(
@@ -486,6 +498,13 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
                 "values {:?}, sets of {:?}",
                 study.tune.values, study.tune.set_sizes
             ),
+        ),
+        (
+            "gate",
+            match study.wants_gate() {
+                true => format!("{:?}, recall {}", study.gate.reads, study.gate.recall),
+                false => "none".to_owned(),
+            },
         ),
         (
             "calibrate",

@@ -136,6 +136,9 @@ pub fn assemble(
             methods: found.table.methods.clone(),
             refused_unsafe: found.refused_unsafe,
             features,
+            stability: found.table.stability.clone(),
+            sets: found.table.sets.clone(),
+            sites: found.table.sites.clone(),
         },
         tune: Tune {
             aim: tuned.aim.clone(),

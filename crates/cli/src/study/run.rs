@@ -27,19 +27,21 @@ pub const STAGES: [&str; 9] = [
     "pull",
     "harvest",
     "train",
-    "gate",
     "discover",
     "tune",
+    "gate",
     "calibrate",
     "evaluate",
     "report",
 ];
 
 /// Raised when a stage's output changes for the same input within a version of demur.
-const STAGE_VERSION: u32 = 3;
+const STAGE_VERSION: u32 = 4;
 
 /// The file that a process locks while it works in the folder.
 const LOCK: &str = ".lock";
+/// The file in a folder that says for which inputs it was made.
+const MARKER: &str = "inputs.sha256";
 /// How files and folders are called until they are whole.
 const UNFINISHED: [&str; 2] = [".tmp", ".sae-"];
 
@@ -57,7 +59,7 @@ pub struct Run {
     pub dir: PathBuf,
     /// Stages from this index on are run anew, whatever is there.
     from: Option<usize>,
-    /// Hash of the last stage's inputs and output.
+    /// Hash of the inputs and outputs of the stages that the next one depends on.
     chain: String,
     /// Name, seconds and whether it was cached, for the record.
     pub stages: Vec<(&'static str, f64, bool)>,
@@ -82,6 +84,32 @@ impl Run {
         })
     }
 
+    /// What the next stage depends on.
+    pub fn link(&self) -> String {
+        self.chain.clone()
+    }
+
+    /// Makes the next stage depend on what `link` stood for, and on nothing since.
+    pub fn go_on_from(&mut self, link: &str) {
+        link.clone_into(&mut self.chain);
+    }
+
+    /// A folder that is no stage's: kept, with all that is in it, while its inputs stay what they are.
+    pub fn folder(&self, name: &str, inputs: &impl Serialize) -> Result<PathBuf> {
+        let inputs_sha256 = self.inputs(name, inputs)?;
+        let folder = self.dir.join(name);
+        if !is_of(&folder, &inputs_sha256) {
+            empty(&folder, &inputs_sha256)?;
+        }
+        Ok(folder)
+    }
+
+    /// Hash of what something depends on.
+    fn inputs(&self, name: &str, inputs: &impl Serialize) -> Result<String> {
+        let version = (env!("CARGO_PKG_VERSION"), STAGE_VERSION);
+        hash(&(version, name, &self.chain, inputs))
+    }
+
     /// Runs `work`, unless the stage's file already has its output for the same inputs.
     ///
     /// `work` gets a scratch folder of the stage's own, kept until the inputs change: what it finds
@@ -96,12 +124,10 @@ impl Run {
             .iter()
             .position(|s| *s == name)
             .unwrap_or(STAGES.len());
-        let version = (env!("CARGO_PKG_VERSION"), STAGE_VERSION);
-        let inputs_sha256 = hash(&(version, name, &self.chain, inputs))?;
+        let inputs_sha256 = self.inputs(name, inputs)?;
         let file = self.dir.join(format!("{name}.json"));
         let scratch = self.dir.join(name);
-        let marker = scratch.join("inputs.sha256");
-        let same_scratch = fs::read_to_string(&marker).is_ok_and(|s| s == inputs_sha256);
+        let same_scratch = is_of(&scratch, &inputs_sha256);
         let redo = self.from.is_some_and(|from| index >= from);
         // What later stages need of this one may lie in its folder: without it, it is not done.
         if !redo
@@ -114,14 +140,9 @@ impl Run {
             return Ok(done.output);
         }
         if !same_scratch || (redo && file.exists()) {
-            // The file first: while it is there, the folder counts as whole. The marker last: while
-            // it is there, what else is in the folder counts as this stage's.
+            // The file first: while it is there, the folder counts as whole.
             remove(&file, |f| fs::remove_file(f))?;
-            remove(&marker, |f| fs::remove_file(f))?;
-            remove(&scratch, |f| fs::remove_dir_all(f))?;
-            fs::create_dir_all(&scratch)
-                .with_context(|| format!("create {}", scratch.display()))?;
-            write_atomic(&marker, inputs_sha256.as_bytes())?;
+            empty(&scratch, &inputs_sha256)?;
         }
         let started = Instant::now();
         let output = work(&scratch).with_context(|| format!("stage '{name}'"))?;
@@ -140,6 +161,21 @@ impl Run {
         self.stages.push((name, stage.wall_s, false));
         Ok(stage.output)
     }
+}
+
+/// Whether a folder is what was made for these inputs.
+fn is_of(folder: &Path, inputs_sha256: &str) -> bool {
+    fs::read_to_string(folder.join(MARKER)).is_ok_and(|s| s == inputs_sha256)
+}
+
+/// Makes an empty folder for these inputs.
+fn empty(folder: &Path, inputs_sha256: &str) -> Result<()> {
+    // While the marker is there, what else is in the folder counts as made for its inputs.
+    let marker = folder.join(MARKER);
+    remove(&marker, |f| fs::remove_file(f))?;
+    remove(folder, |f| fs::remove_dir_all(f))?;
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    write_atomic(&marker, inputs_sha256.as_bytes())
 }
 
 /// Locks a run's folder for this process; the system lets go of it when the process ends, however
@@ -165,10 +201,13 @@ fn lock(dir: &Path) -> Result<File> {
     }
 }
 
-/// Removes what a killed process left unfinished, in the run's folder and in those of its stages.
+/// Removes what a killed process left unfinished, in the run's folder and in those of its stages and SAEs.
 fn sweep(dir: &Path) -> Result<()> {
-    let stages = STAGES.iter().map(|s| dir.join(s)).filter(|d| d.is_dir());
-    for folder in std::iter::once(dir.to_owned()).chain(stages) {
+    let stages = STAGES.iter().map(|s| dir.join(s));
+    let saes = fs::read_dir(dir.join("train/saes")).into_iter().flatten();
+    let saes = saes.flatten().map(|e| e.path());
+    let within = stages.chain(saes).filter(|d| d.is_dir());
+    for folder in std::iter::once(dir.to_owned()).chain(within) {
         for entry in fs::read_dir(&folder)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -295,10 +334,12 @@ mod tests {
         let train = dir.path().join("train");
         fs::create_dir_all(train.join(".sae-old-7")).unwrap();
         fs::create_dir_all(train.join("sae")).unwrap();
+        fs::create_dir_all(train.join("saes/a/.sae-8")).unwrap();
         fs::write(train.join(".sae-old-7").join("cfg.json"), "{}").unwrap();
         fs::write(dir.path().join(".tmpAbC123"), "half").unwrap();
         fs::write(dir.path().join("notes.txt"), "mine").unwrap();
         run(dir.path(), None, 1, &mut ran);
+        assert!(!train.join("saes/a/.sae-8").exists() && train.join("saes/a").is_dir());
         assert!(!train.join(".sae-old-7").exists() && !dir.path().join(".tmpAbC123").exists());
         assert!(train.join("sae").is_dir() && dir.path().join("notes.txt").is_file());
         assert_eq!(ran, ["pull", "harvest"]);

@@ -50,17 +50,18 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
     let items = c.items(&[on_unsafe, on_safe].concat())?;
 
     let ranked: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
+    let searched = found.table.sets.as_ref().map_or(&[][..], |s| &s.sets);
+    let searched: Vec<&[u32]> = searched.iter().map(|s| &s.latents[..]).collect();
+    let sets = sets(&ranked, &searched, &cfg.set_sizes);
     let mut settings = Vec::new();
-    for &size in &cfg.set_sizes {
-        let latents: Vec<u32> = ranked.iter().copied().take(size).collect();
+    for set in &sets {
         for &value in &cfg.values {
-            if latents.len() == size {
-                let name = format!("set{size}_{value}");
-                let mut plan = clamp_plan(&name, c, &latents, value, unit);
-                plan.saes
-                    .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
-                settings.push((name, latents.clone(), value, plan));
-            }
+            let kind = if set.searched { "searched" } else { "set" };
+            let name = format!("{kind}{}_{value}", set.latents.len());
+            let mut plan = clamp_plan(&name, c, &set.latents, value, unit);
+            plan.saes
+                .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
+            settings.push((name, set, value, plan));
         }
     }
     if settings.is_empty() {
@@ -113,7 +114,8 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
         let (refusal_unsafe, refusal_safe) = rates(r);
         let logits = last_logits(&c.loaded.model, &benign, Some(hook.as_ref()), tokens)?;
         sweep.push(SweepPoint {
-            latents: s.1.clone(),
+            latents: s.1.latents.clone(),
+            searched: s.1.searched,
             value: s.2,
             unit: match cfg.unit {
                 ValueUnit::RelMax => "x max".to_owned(),
@@ -142,6 +144,33 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
         plan,
         strongest,
     })
+}
+
+/// A set of latents to try.
+#[derive(Debug, PartialEq)]
+struct Set {
+    latents: Vec<u32>,
+    /// Found by the search, and not the first of the ranking.
+    searched: bool,
+}
+
+/// Of each size the first of the ranking, and beside it the one that was searched for, if it is another.
+fn sets(ranked: &[u32], searched: &[&[u32]], sizes: &[usize]) -> Vec<Set> {
+    let mut sets = Vec::new();
+    for &size in sizes {
+        let first = ranked.get(..size);
+        sets.extend(first.map(|latents| Set {
+            latents: latents.to_vec(),
+            searched: false,
+        }));
+        let other = searched.iter().filter(|s| s.len() == size);
+        let is_new = |s: &&&[u32]| first.is_none_or(|f| !s.iter().all(|j| f.contains(j)));
+        sets.extend(other.filter(is_new).map(|latents| Set {
+            latents: latents.to_vec(),
+            searched: true,
+        }));
+    }
+    sets
 }
 
 /// The setting that reaches the aim with the least over-refusal; else the largest difference.
@@ -195,6 +224,7 @@ mod tests {
     fn point(on_unsafe: usize, on_safe: usize, kl: f64) -> SweepPoint {
         SweepPoint {
             latents: vec![1],
+            searched: false,
             value: 1.0,
             unit: "x max".to_owned(),
             refusal_unsafe: wilson(on_unsafe, 20),
@@ -203,6 +233,26 @@ mod tests {
             kl,
             chosen: false,
         }
+    }
+
+    #[test]
+    fn searched_sets_stand_beside_the_first_of_the_ranking() {
+        let set = |latents: &[u32], searched| Set {
+            latents: latents.to_vec(),
+            searched,
+        };
+        let searched: [&[u32]; 3] = [&[5], &[6, 5], &[6, 8, 5]];
+        // 6 and 5 are the first two of the ranking in another order; there is no set of four.
+        assert_eq!(
+            sets(&[5, 6, 7], &searched, &[1, 2, 3, 4]),
+            [
+                set(&[5], false),
+                set(&[5, 6], false),
+                set(&[5, 6, 7], false),
+                set(&[6, 8, 5], true),
+            ]
+        );
+        assert_eq!(sets(&[5], &[], &[1, 2]), [set(&[5], false)]);
     }
 
     #[test]

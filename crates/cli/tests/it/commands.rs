@@ -228,7 +228,14 @@ fn features_of_a_run() {
         .run(["features", "--run", "runs/tiny", &latent])
         .succeeded();
     assert!(one.stdout.contains(&format!("latent {latent}")), "{one:?}");
-    for shown in ["\"attribution\"", "\"prompts\": 4", "\"steps\": 2"] {
+    for shown in [
+        "\"attribution\"",
+        "\"prompts\": 4",
+        "\"steps\": 2",
+        "\"short_list\"",
+        "\nactivations ",
+        "\nlogits ",
+    ] {
         assert!(one.stdout.contains(shown), "{one:?}");
     }
     for (sort, key) in [
@@ -259,6 +266,88 @@ fn features_of_a_run() {
     place
         .run(["features", "--run", "runs/tiny", "4000000"])
         .refused(1, &["4000000"]);
+}
+
+#[test]
+fn sets_sites_and_an_export_of_a_run() {
+    let place = Place::new();
+    let study = ["study", "tiny.toml", "--runs", "runs"];
+    place.run(study).succeeded();
+    let features = |more: &[&str]| {
+        let args = ["features", "--run", "runs/tiny"];
+        place.run([&args[..], more].concat())
+    };
+    features(&["--show", "sets"]).refused(1, &["no sets", "discovery.sets.size"]);
+    features(&["--show", "sites"]).refused(1, &["no sites", "discovery.compare_sites"]);
+    let plain = place.record("runs");
+    let more = [
+        "--set",
+        "discovery.sets={size=2, pool=3, value=2.0, max_kl=10.0}",
+        "--set",
+        "discovery.compare_sites=true",
+    ];
+    place.run([&study[..], &more].concat()).succeeded();
+    // What is asked for besides changes nothing of what was there.
+    let searched = place.record("runs");
+    let evidence = |record: &serde_json::Value| -> Vec<serde_json::Value> {
+        let features = record["discovery"]["features"].as_array().unwrap().iter();
+        features.map(|f| f["evidence"].clone()).collect()
+    };
+    assert_eq!(evidence(&plain), evidence(&searched));
+    assert_eq!(plain["discovery"]["stability"]["draws"], 200);
+    let latents = |sets: &serde_json::Value| -> Vec<usize> {
+        let sets = sets.as_array().unwrap().iter();
+        sets.map(|s| s["latents"].as_array().unwrap().len())
+            .collect()
+    };
+    let sets = features(&["--show", "sets", "--json"]).succeeded().json();
+    assert_eq!(latents(&sets["singles"]), [1; 3]);
+    assert_eq!(latents(&sets["pairs"]), [2; 3]);
+    let best = latents(&sets["sets"]);
+    assert!(best.len() <= 2 && best.iter().zip(1..).all(|(a, b)| *a == b));
+    for pair in sets["pairs"].as_array().unwrap() {
+        let rise = |latents: &serde_json::Value| {
+            let all = ["singles", "pairs"].map(|k| sets[k].as_array().unwrap());
+            let mut all = all.into_iter().flatten();
+            let set = all.find(|s| s["latents"] == *latents).unwrap();
+            set["refusal_logodds_delta_unsafe"]["value"]
+                .as_f64()
+                .unwrap()
+        };
+        let alone = pair["latents"].as_array().unwrap().iter();
+        let alone: f64 = alone.map(|j| rise(&serde_json::json!([j]))).sum();
+        let interaction = pair["interaction"]["value"].as_f64().unwrap();
+        assert!((rise(&pair["latents"]) - alone - interaction).abs() < 1e-9);
+    }
+    let text = features(&["--show", "sets"]).succeeded().stdout;
+    assert!(text.contains("interaction") && text.contains('+'), "{text}");
+    let sites = features(&["--show", "sites", "--json"]).succeeded().json();
+    let names: Vec<_> = sites
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| &s["site"])
+        .collect();
+    assert_eq!(names[0], "blocks.0.hook_resid_post");
+    assert_eq!(sites[0]["last"]["probe"]["n"], 8);
+    // The model is random and refuses nothing: there is no direction to add.
+    assert!(sites[0]["refusal"].is_null());
+    let text = features(&["--show", "sites"]).succeeded().stdout;
+    assert_eq!(text.lines().count(), names.len() + 1, "{text}");
+
+    let written = features(&["--export", "neuronpedia", "--out", "np"]).succeeded();
+    assert!(written.stdout.contains("4 features"), "{written:?}");
+    let batch = fs::read(place.path("np/batch-0.json")).unwrap();
+    let batch: serde_json::Value = serde_json::from_slice(&batch).unwrap();
+    assert_eq!(batch["layer"], 0);
+    let first = &batch["features"][0];
+    let heights = first["logits_hist_data_bar_heights"].as_array().unwrap();
+    assert_eq!(heights.len(), 50);
+    let values = first["activations"][0]["values"].as_array().unwrap();
+    let tokens = first["activations"][0]["tokens"].as_array().unwrap();
+    assert_eq!(values.len(), tokens.len());
+    features(&["--export", "neuronpedia"]).refused(2, &["--out"]);
+    features(&["--export", "neuronpedia", "--out", "tiny.toml"]).refused(1, &["tiny.toml"]);
 }
 
 #[test]

@@ -6,5 +6,6 @@ mod fit;
 mod gates;
 mod hostile;
 mod resume;
+mod streams;
 mod study;
 mod support;

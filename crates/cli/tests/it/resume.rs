@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::support::Place;
+use crate::support::{Place, states};
 
 /// Runs the study until `stop` says so, kills it, and says whether it was not yet at its end.
 fn kill_when(place: &Place, runs: &str, stop: impl Fn(&Path) -> bool) -> bool {
@@ -24,7 +24,7 @@ fn killed_in_every_stage() {
     let whole = place.study("whole");
     let moments: [&dyn Fn(&Path) -> bool; 6] = [
         &|run| grown(&run.join("harvest/on_policy.jsonl"), 20_000),
-        &|run| run.join("train/state.bin").exists(),
+        &|run| !states(&run.join("train")).is_empty(),
         &|run| run.join("train/sae").exists(),
         &|run| run.join("discover/inputs.sha256").exists(),
         &|run| grown(&run.join("tune/replies.jsonl"), 1),
@@ -112,11 +112,12 @@ fn resumed_from_every_half_way_state() {
         }),
         ("a broken state", &|| {
             remove("train.json");
-            fs::write(run.join("train/state.bin"), b"state").unwrap();
+            fs::write(run.join("train/state-000000100.bin"), b"state").unwrap();
+            fs::write(run.join("train/input.json"), b"[[").unwrap();
         }),
         ("a torn corpus", &|| {
             remove("harvest.json");
-            remove("harvest/activations.f32");
+            remove("harvest/texts.jsonl");
             cut("harvest/on_policy.jsonl", 0.4);
             cut("harvest/held_out.jsonl", 0.4);
         }),

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::Place;
+use crate::support::{Place, states};
 
 const ARMS: [&str; 7] = [
     "base",
@@ -30,7 +30,7 @@ fn a_study_leaves_what_it_promises() {
         assert!(fs::metadata(run.join(file)).unwrap().len() > 0, "{file}");
     }
     // The SAE is whole: without what training needed to go on.
-    assert!(!run.join("train/state.bin").exists());
+    assert!(states(&run.join("train")).is_empty());
 
     let json = ended.json();
     assert_eq!(json["study"], "tiny");

@@ -128,6 +128,16 @@ pub fn ended(output: std::process::Output) -> Ended {
     }
 }
 
+/// The states in a training run's folder, oldest first.
+pub fn states(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let mut all: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
+    let is_state = |p: &PathBuf| p.extension().is_some_and(|e| e == "bin");
+    all.retain(is_state);
+    all.sort();
+    all
+}
+
 /// A study of all arms that takes a second or two. The model is random and refuses nothing, so that
 /// only the contrast of requests and gradients can find latents.
 fn study() -> String {

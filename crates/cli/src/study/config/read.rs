@@ -7,6 +7,7 @@ use demur_model::hooks::Site;
 use serde::Serialize;
 
 use super::{Arm, Method, SaeSource, Study};
+use crate::architecture::ArchitectureConfig;
 use crate::exit::Hinted;
 
 /// Studies that are built in, by name.
@@ -33,6 +34,78 @@ const BUILT_IN: [(&str, &str); 4] = [
 const MIN_ATTRIBUTION: usize = 4;
 /// Most steps of its integrated form.
 const MAX_STEPS: usize = 64;
+/// Most draws of the prompts.
+const MAX_RESAMPLES: usize = 10_000;
+/// Latents of the largest set that can be asked for.
+const MAX_SET: usize = 16;
+/// Most latents that are searched for sets.
+const MAX_POOL: usize = 64;
+
+/// An SAE to train, with what it does not give itself taken from the study.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SaeToTrain {
+    /// Empty for the study's own.
+    pub name: String,
+    pub site: Site,
+    pub k: usize,
+    pub architecture: ArchitectureConfig,
+    d_sae: Option<usize>,
+    expansion: f64,
+    pub lr: Option<f64>,
+    pub auxk_alpha: Option<f64>,
+    pub seed: u64,
+}
+
+impl SaeToTrain {
+    /// What errors call it.
+    pub fn place(&self) -> String {
+        match &self.name[..] {
+            "" => "train".to_owned(),
+            name => format!("train.saes '{name}'"),
+        }
+    }
+
+    /// The number of latents, on a residual stream of width `d_model`.
+    pub fn d_sae(&self, d_model: usize) -> usize {
+        self.d_sae
+            .unwrap_or((d_model as f64 * self.expansion) as usize)
+    }
+
+    /// Checks what can be checked without a model.
+    fn validate(&self) -> Result<()> {
+        if self.k == 0 {
+            bail!("k = 0: it must be at least 1");
+        }
+        let numbers = [
+            ("expansion", self.expansion, false),
+            ("lr", self.lr.unwrap_or(1.0), false),
+            ("auxk_alpha", self.auxk_alpha.unwrap_or(0.0), true),
+        ];
+        for (key, value, zero) in numbers {
+            must_be_positive(key, value, zero)?;
+        }
+        // Sizes that are not given are those of the model, which is not known here.
+        let d_sae = self.d_sae.unwrap_or(usize::MAX);
+        self.architecture
+            .resolve(self.k, d_sae)
+            .context("architecture")?;
+        Ok(())
+    }
+}
+
+/// Refuses a number that is not positive, or not even 0 where `zero` will do.
+fn must_be_positive(key: &str, value: f64, zero: bool) -> Result<()> {
+    if !(value.is_finite() && (value > 0.0 || zero && value == 0.0)) {
+        bail!("{key} = {value}: it must be a positive number");
+    }
+    Ok(())
+}
+
+/// Whether something may name a folder.
+fn names_a_folder(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && name.chars().all(fits) && !name.starts_with('.')
+}
 
 impl Study {
     /// Loads a study from a file, or a built-in one by name, with `key=value` overrides applied.
@@ -69,6 +142,7 @@ impl Study {
             .file
             .iter_mut()
             .chain(&mut study.gate.files)
+            .chain(&mut study.gate.wrappers)
             .chain(&mut study.gate.held_out);
         for file in study.corpus.files.iter_mut().chain(own) {
             if file.is_relative() {
@@ -81,27 +155,26 @@ impl Study {
 
     /// Checks what the types can't.
     pub fn validate(&self) -> Result<()> {
-        let name_ok = !self.name.is_empty()
-            && self
-                .name
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-            && !self.name.starts_with('.');
-        if !name_ok {
-            bail!(
-                "name = '{}': use letters, digits, '-', '_' and '.' only",
-                self.name
-            );
+        let names = self.train.saes.iter().map(|s| ("train.saes.name", &s.name));
+        for (key, name) in std::iter::once(("name", &self.name)).chain(names) {
+            if !names_a_folder(name) {
+                bail!("{key} = '{name}': use letters, digits, '-', '_' and '.' only");
+            }
         }
-        self.site()?;
+        let names: Vec<_> = self.train.saes.iter().map(|s| &s.name).collect();
+        only_once("train.saes.name", &names)?;
+        for sae in self.saes()? {
+            sae.validate().with_context(|| sae.place())?;
+        }
         if self.sae.source == SaeSource::Path && self.sae.name.is_empty() {
             bail!("sae.name: give the SAE's folder, as sae.source is \"path\"");
         }
         let positive = [
             ("model.max_batch", self.model.max_batch),
             ("model.batch_tokens", self.model.batch_tokens),
-            ("train.k", self.train.k),
             ("train.batch", self.train.batch),
+            ("train.checkpoint_every", self.train.checkpoint_every),
+            ("train.checkpoints", self.train.checkpoints),
             ("discovery.candidates", self.discovery.candidates),
             ("discovery.reply_tokens", self.discovery.reply_tokens),
             ("tune.max_new_tokens", self.tune.max_new_tokens),
@@ -111,30 +184,35 @@ impl Study {
         if let Some((key, _)) = positive.iter().find(|(_, v)| *v == 0) {
             bail!("{key} = 0: it must be at least 1");
         }
-        let (t, d) = (&self.train, &self.discovery);
+        let (t, d, corpus) = (&self.train, &self.discovery, &self.corpus);
         // The key, its value, and whether 0 will do.
         let numbers = [
-            ("train.expansion", t.expansion, false),
             ("train.epochs", t.epochs, false),
-            ("train.lr", t.lr.unwrap_or(1.0), false),
-            ("train.auxk_alpha", t.auxk_alpha.unwrap_or(0.0), true),
-            (
-                "corpus.temperature",
-                f64::from(self.corpus.temperature),
-                true,
-            ),
+            ("corpus.temperature", f64::from(corpus.temperature), true),
             ("discovery.max_density", d.max_density, false),
         ];
-        for (key, value, zero) in numbers {
-            if !(value.is_finite() && (value > 0.0 || zero && value == 0.0)) {
-                bail!("{key} = {value}: it must be a positive number");
-            }
+        let weights = corpus.weights.iter();
+        let weights = weights.map(|weight| ("corpus.weights", *weight, false));
+        for (key, value, zero) in numbers.into_iter().chain(weights) {
+            must_be_positive(key, value, zero)?;
         }
-        // Sizes that are not given are those of the model, which is not known here.
-        let d_sae = t.d_sae.unwrap_or(usize::MAX);
-        t.architecture
-            .resolve(t.k, d_sae)
-            .context("train.architecture")?;
+        if ![0, corpus.files.len()].contains(&corpus.weights.len()) {
+            bail!(
+                "corpus.weights: {} for {} files; give one for each, or none",
+                corpus.weights.len(),
+                corpus.files.len()
+            );
+        }
+        if corpus.roles.is_empty() {
+            bail!("corpus.roles: give at least one");
+        }
+        if t.buffer < t.batch {
+            bail!(
+                "train.buffer = {}: it must hold a batch, {}",
+                t.buffer,
+                t.batch
+            );
+        }
         if !d.clamp.is_finite() {
             bail!("discovery.clamp = {}: it must be finite", d.clamp);
         }
@@ -159,6 +237,9 @@ impl Study {
         }
         if !(g.recall > 0.0 && g.recall <= 1.0) {
             bail!("gate.recall: give a fraction above 0, at most 1");
+        }
+        if !(0.0..=1.0).contains(&g.wrapped) {
+            bail!("gate.wrapped: give a fraction between 0 and 1");
         }
         let k = &self.calibrate;
         if k.damp.is_empty() || !k.damp.iter().all(|d| d.is_finite() && *d >= 0.0) {
@@ -198,6 +279,35 @@ impl Study {
         if a.prompts == 0 && d.methods.contains(&Method::Attribution) {
             bail!("discovery.methods: \"attribution\" needs discovery.attribution.prompts");
         }
+        only_once("corpus.roles", &self.corpus.roles)?;
+        if d.resamples > MAX_RESAMPLES {
+            bail!(
+                "discovery.resamples = {}: it must be at most {MAX_RESAMPLES}",
+                d.resamples
+            );
+        }
+        let s = &d.sets;
+        if s.size > MAX_SET || s.pool > MAX_POOL {
+            bail!(
+                "discovery.sets: give a size of at most {MAX_SET} and a pool of at most {MAX_POOL}; all pairs of the pool are measured"
+            );
+        }
+        if s.size > s.pool {
+            bail!(
+                "discovery.sets.size = {}: discovery.sets.pool = {} has fewer latents",
+                s.size,
+                s.pool
+            );
+        }
+        if !s.value.is_finite() {
+            bail!("discovery.sets.value = {}: it must be finite", s.value);
+        }
+        if s.max_kl.is_nan() || s.max_kl < 0.0 {
+            bail!(
+                "discovery.sets.max_kl = {}: it must not be negative",
+                s.max_kl
+            );
+        }
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
         only_once("calibrate.damp", &self.calibrate.damp)?;
@@ -217,6 +327,44 @@ impl Study {
     /// Whether an arm needs a trained gate.
     pub fn wants_gate(&self) -> bool {
         self.evaluate.arms.iter().any(|a| a.is_gated())
+    }
+
+    /// The SAEs that are trained: the study's own, and then those beside it.
+    pub fn saes(&self) -> Result<Vec<SaeToTrain>> {
+        let t = &self.train;
+        let own = SaeToTrain {
+            name: String::new(),
+            site: self.site()?,
+            k: t.k,
+            architecture: t.architecture.clone(),
+            d_sae: t.d_sae,
+            expansion: t.expansion,
+            lr: t.lr,
+            auxk_alpha: t.auxk_alpha,
+            seed: self.seed,
+        };
+        let beside = t.saes.iter().map(|s| {
+            let site = match &s.site {
+                Some(site) => site
+                    .parse::<Site>()
+                    .with_context(|| format!("train.saes.site = '{site}'"))?,
+                None => own.site,
+            };
+            Ok(SaeToTrain {
+                name: s.name.clone(),
+                site,
+                k: s.k.unwrap_or(own.k),
+                architecture: s.architecture.as_ref().unwrap_or(&own.architecture).clone(),
+                // Its own expansion goes before the study's number of latents.
+                d_sae: s.d_sae.or(own.d_sae.filter(|_| s.expansion.is_none())),
+                expansion: s.expansion.unwrap_or(own.expansion),
+                lr: s.lr.or(own.lr),
+                auxk_alpha: s.auxk_alpha.or(own.auxk_alpha),
+                seed: s.seed.unwrap_or(own.seed),
+            })
+        });
+        let beside: Vec<_> = beside.collect::<Result<_>>()?;
+        Ok(std::iter::once(own).chain(beside).collect())
     }
 
     /// The hook site.
@@ -287,6 +435,27 @@ mod tests {
         assert_eq!(study.tune.values, [2.0]);
     }
 
+    #[test]
+    fn saes_take_what_they_do_not_give_from_the_study() {
+        let beside = r#"train.saes=[
+            {name="a"}, {name="b", site="layers.3", k=64, seed=9}, {name="c", expansion=2.0, lr=0.1},
+        ]"#;
+        let study = Study::load("quickstart-sae", &[beside.replace('\n', "")]).unwrap();
+        let saes = study.saes().unwrap();
+        let own = &saes[0];
+        assert_eq!((own.d_sae(896), own.k, own.seed), (2048, 32, study.seed));
+        assert_eq!(
+            SaeToTrain {
+                name: String::new(),
+                ..saes[1].clone()
+            },
+            *own
+        );
+        assert_eq!(saes[2].site.to_string(), "blocks.3.hook_resid_post");
+        assert_eq!((saes[2].k, saes[2].seed, saes[2].lr), (64, 9, own.lr));
+        assert_eq!((saes[3].d_sae(896), saes[3].lr), (1792, Some(0.1)));
+    }
+
     #[track_caller]
     fn refused(set: &str, expect: &str) {
         let e = Study::load("quickstart", &[set.to_owned()]).unwrap_err();
@@ -311,8 +480,30 @@ mod tests {
             r#"discovery.methods=["attribution"]"#,
             "attribution.prompts",
         );
+        refused("discovery.resamples=10001", "discovery.resamples");
+        refused("discovery.sets={size=3, pool=2}", "discovery.sets.pool");
+        refused("discovery.sets={size=17, pool=20}", "at most 16");
+        refused("discovery.sets.value=inf", "discovery.sets.value");
+        refused("discovery.sets.max_kl=-0.1", "discovery.sets.max_kl");
+        refused("discovery.sets.maxkl=1", "maxkl");
         refused("model.max_batch=0", "model.max_batch");
         refused("name=../evil", "name");
+        refused("train.saes=[{k=8}]", "name");
+        refused(r#"train.saes=[{name="a/b"}]"#, "train.saes.name");
+        refused(
+            r#"train.saes=[{name="a"}, {name="a"}]"#,
+            "\"a\" is there twice",
+        );
+        refused(r#"train.saes=[{name="a", k=0}]"#, "train.saes 'a': k = 0");
+        refused(
+            r#"train.saes=[{name="a", site="b"}]"#,
+            "train.saes.site = 'b'",
+        );
+        refused("train.k=0", "train: k = 0");
+        refused("train.buffer=7", "train.buffer");
+        refused("corpus.weights=[1.0]", "corpus.weights");
+        refused("corpus.roles=[]", "corpus.roles");
+        refused(r#"corpus.roles=["bos"]"#, "bos");
         refused("sae.site=layer.3", "sae.site");
         refused("seed", "key=value");
         refused("evaluate.arms=[\"clamp\"]", "base");
