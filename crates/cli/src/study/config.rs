@@ -327,7 +327,6 @@ pub struct DiscoveryConfig {
     pub sets: SetsConfig,
     /// Compare all sites of the model: where unsafe requests differ from look-alikes, and where the
     /// direction of refusal acts. One pass a site over the validation prompts.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub compare_sites: bool,
     /// Latents in the report.
     pub report_features: usize,
