@@ -171,7 +171,7 @@ mod tests {
         // standardises it away.
         let noise = [3.0, -2.0, 5.0, -4.0, 1.0, -6.0, 2.0, -5.0];
         let row = |i: usize| {
-            let (side, at) = (i % 2 == 0, i / 2 % 8);
+            let (side, at) = (i.is_multiple_of(2), i / 2 % 8);
             let shifted = i < 16 && side && at == 7;
             let first = if shifted { 5.0 } else { noise[at] };
             vec![50.0 * first, if side { 1.0 } else { -1.0 }]
