@@ -182,10 +182,15 @@ fn lm(
         decode16.push(batch(&[], &mut ws)?);
         steered16.push(batch(&plans, &mut ws)?);
         let sequences: Vec<Sequence> = (0..HARVESTED)
-            .map(|i| Sequence {
-                source: i.to_string(),
-                tokens: tokens[..harvest_prompt].to_vec(),
-                roles: roles[..harvest_prompt].to_vec(),
+            .map(|i| {
+                // Each with a beginning of its own: one that all share is run once.
+                let mut tokens = tokens[..harvest_prompt].to_vec();
+                tokens.rotate_left(i % harvest_prompt);
+                Sequence {
+                    source: i.to_string(),
+                    tokens,
+                    roles: roles[..harvest_prompt].to_vec(),
+                }
             })
             .collect();
         let started = Instant::now();
