@@ -241,16 +241,17 @@ pub fn resample(
             (short_list(&lists, candidates), correlation)
         })
         .collect();
-    let mut listed = BTreeMap::new();
+    let mut times: BTreeMap<u32, usize> = BTreeMap::new();
     for j in found.iter().flat_map(|(list, _)| list) {
-        *listed.entry(*j).or_insert(0.0) += 1.0 / draws as f64;
+        *times.entry(*j).or_default() += 1;
     }
+    let listed = times.iter().map(|(j, n)| (*j, *n as f64 / draws as f64));
     let correlation = (0..rankings.len()).map(|r| {
         let known: Vec<f64> = found.iter().filter_map(|(_, c)| c[r]).collect();
         (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
     });
     Resampled {
-        listed,
+        listed: listed.collect(),
         correlation: correlation.collect(),
     }
 }
@@ -394,7 +395,7 @@ mod tests {
         let ranking = Ranking::Groups(Groups::new(&summaries, positive, &[0.1; 20], 0.5));
         let pairs: Strata = vec![(0..12).map(|i| vec![i, i + 12]).collect()];
         let found = resample(std::slice::from_ref(&ranking), &pairs, 2, 100, 1);
-        assert!((found.listed[&0] - 1.0).abs() < 1e-9, "{found:?}");
+        assert_eq!(found.listed[&0], 1.0, "{found:?}");
         let others = found.listed.iter().filter(|(j, _)| **j != 0);
         assert!(
             others.map(|(_, f)| *f).fold(0.0, f64::max) < 0.95,
