@@ -188,23 +188,37 @@ pub fn disjoint<'a>(
 
 /// Prompts that others may be like.
 #[derive(Debug, Default)]
-pub struct Known(Vec<HashSet<String>>);
+pub struct Known {
+    /// In which texts each word is.
+    places: HashMap<String, Vec<usize>>,
+    /// Words of each text.
+    sizes: Vec<usize>,
+}
 
 impl Known {
     /// From texts.
     pub fn new<'a>(texts: impl IntoIterator<Item = &'a str>) -> Self {
-        Self(texts.into_iter().map(words).collect())
+        let mut known = Self::default();
+        for (i, text) in texts.into_iter().enumerate() {
+            let words = words(text);
+            known.sizes.push(words.len());
+            for word in words {
+                known.places.entry(word).or_default().push(i);
+            }
+        }
+        known
     }
 
     /// Whether `text` shares at least 60 % of the words of one of them: of the words of both, without
     /// case and punctuation, each counted once (Jaccard's index).
     pub fn resembles(&self, text: &str) -> bool {
         let mine = words(text);
-        self.0.iter().any(|other| {
-            let shared = mine.intersection(other).count();
-            let all = mine.len() + other.len() - shared;
-            10 * shared >= 6 * all
-        })
+        let mut shared = vec![0; self.sizes.len()];
+        let places = mine.iter().filter_map(|word| self.places.get(word));
+        places.flatten().for_each(|&i| shared[i] += 1);
+        let both = shared.iter().zip(&self.sizes);
+        let mut both = both.map(|(shared, size)| (shared, mine.len() + size - shared));
+        both.any(|(shared, all)| 10 * shared >= 6 * all)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use demur_features::gate::{Group, Report};
 use demur_features::stats::Estimate;
-use demur_features::table::{Feature, SetSearch, SiteEvidence, Stability};
+use demur_features::table::FeatureTable;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -169,21 +169,12 @@ pub struct GateFacts {
 
 /// What discovery found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub struct Discovery {
-    pub methods: Vec<String>,
     /// Unsafe discovery prompts that base refused.
     pub refused_unsafe: usize,
-    pub features: Vec<Feature>,
-    /// How much of their ranking is chance, if prompts were drawn again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stability: Option<Stability>,
-    /// The search for sets, if there was one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sets: Option<SetSearch>,
-    /// All sites compared, if they were.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub sites: Vec<SiteEvidence>,
+    /// Its table; the features are those of the report.
+    #[serde(flatten)]
+    pub table: FeatureTable,
 }
 
 /// The sweep on validation prompts.

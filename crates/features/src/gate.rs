@@ -116,8 +116,8 @@ impl Readings {
     }
 }
 
-/// Reads prompts in every way of `readings`: the residual at `sites`, and the latents of `sae` at the last of
-/// them. `consume` gets a record for each prompt, in their order.
+/// Reads prompts in every way of [`Readings`]: the residual at `sites`, and the latents of `sae` at the last of
+/// them. `consume` gets each prompt's number and record, in order.
 ///
 /// # Errors
 /// What the model refuses, and what `consume` returns.
@@ -127,7 +127,7 @@ pub fn read(
     sae: Option<&Sae>,
     sequences: &[Sequence],
     batch_tokens: usize,
-    mut consume: impl FnMut(&[f32]) -> Result<(), FeatureError>,
+    mut consume: impl FnMut(usize, &[f32]) -> Result<(), FeatureError>,
 ) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
     let readings = Readings::new(sae.map(Sae::d_sae), d, sites.len());
@@ -151,7 +151,7 @@ pub fn read(
             for reading in &readings.residual {
                 record.extend(by_site.iter().flat_map(|x| pool(reading, x, roles)));
             }
-            consume(&record)
+            consume(i, &record)
         },
     )
 }
@@ -184,7 +184,7 @@ fn pre_acts(sae: &Sae, x: &[f32], roles: &[Role], acts: &mut [f32]) {
 }
 
 /// One row of a prompt; the first token is an attention sink and is not read.
-fn pool(reading: &Reading, acts: &[f32], roles: &[Role]) -> Vec<f32> {
+pub(crate) fn pool(reading: &Reading, acts: &[f32], roles: &[Role]) -> Vec<f32> {
     let width = acts.len() / roles.len().max(1);
     let mut out = vec![0.0f32; width];
     let mut count = 0usize;

@@ -7,6 +7,7 @@
 
 pub use demur_kernels::linear::Products;
 use demur_model::decoder::{Capture, KvCache, LogitsAt, Model, SeqInput, Workspace};
+use demur_model::generate::common_beginning;
 use demur_model::hooks::{Role, Site};
 
 use crate::error::FeatureError;
@@ -87,11 +88,8 @@ pub fn harvest_sites(
         );
         model.forward(&mut [input], Some(&mut capture), &mut workspace)?;
     }
-    // For each site the rows of what is shared, then those of a sequence's own tokens.
-    let mut whole: Vec<Vec<f32>> = match shared {
-        0 => vec![Vec::new(); sites.len()],
-        _ => std::mem::take(&mut capture.rows),
-    };
+    // For each site the rows of what is shared, if anything is, then those of a sequence's own tokens.
+    let mut whole = std::mem::take(&mut capture.rows);
     let own = |s: &Sequence| s.tokens.len() - shared;
     let mut first = 0;
     while first < sequences.len() {
@@ -113,12 +111,17 @@ pub fn harvest_sites(
         let mut at = 0;
         for (i, s) in batch.iter().enumerate() {
             let end = at + own(s) * d;
-            for (whole, rows) in whole.iter_mut().zip(&capture.rows) {
-                whole.truncate(shared * d);
-                whole.extend_from_slice(&rows[at..end]);
+            let own = capture.rows.iter().map(|rows| &rows[at..end]);
+            if shared == 0 {
+                consume(first + i, &own.collect::<Vec<_>>())?;
+            } else {
+                for (whole, own) in whole.iter_mut().zip(own) {
+                    whole.truncate(shared * d);
+                    whole.extend_from_slice(own);
+                }
+                let rows: Vec<&[f32]> = whole.iter().map(Vec::as_slice).collect();
+                consume(first + i, &rows)?;
             }
-            let rows: Vec<&[f32]> = whole.iter().map(Vec::as_slice).collect();
-            consume(first + i, &rows)?;
             at = end;
         }
         first = end;
@@ -150,16 +153,10 @@ fn shared(model: &Model, sequences: &[Sequence]) -> usize {
     if rest.is_empty() || original.is_some_and(|most| longest > Some(most)) {
         return 0;
     }
-    let common = |most: usize, s: &Sequence| {
-        let most = most.min(s.tokens.len().saturating_sub(1));
-        let same = |i: &usize| s.tokens[*i] == first.tokens[*i] && s.roles[*i] == first.roles[*i];
-        (0..most).take_while(same).count()
-    };
-    let most = first.tokens.len().saturating_sub(1);
-    match rest.iter().fold(most, common) {
-        n if n >= MIN_SHARED => n,
-        _ => 0,
-    }
+    let common =
+        |s: &Sequence| common_beginning((&first.tokens, &first.roles), (&s.tokens, &s.roles));
+    let n = rest.iter().map(common).min().unwrap_or(0);
+    if n < MIN_SHARED { 0 } else { n }
 }
 
 #[cfg(test)]

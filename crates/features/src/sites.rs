@@ -16,9 +16,10 @@ use std::ops::Range;
 
 use demur_model::decoder::Model;
 use demur_model::hooks::{Role, Site};
+use demur_steering::{Aggregate, Membership};
 
 use crate::error::FeatureError;
-use crate::gate::Linear;
+use crate::gate::{Linear, Reading, pool};
 use crate::harvest::{Products, Sequence, harvest_sites};
 use crate::stats::auroc_estimate;
 use crate::table::Separation;
@@ -33,8 +34,8 @@ pub struct SiteRows {
     pub site: Site,
     /// The residual at each prompt's last token, `[prompts][d_model]`.
     pub last: Vec<Vec<f32>>,
-    /// Its mean over each prompt's tokens of the user and the template, `[prompts][d_model]`; zeros if
-    /// there are none.
+    /// Its mean over each prompt's tokens of the user and the template, as a gate reads it,
+    /// `[prompts][d_model]`; zeros if there are none.
     pub mean: Vec<Vec<f32>>,
 }
 
@@ -50,6 +51,11 @@ pub fn read(
     mut on_prompt: impl FnMut(),
 ) -> Result<Vec<SiteRows>, FeatureError> {
     let d = model.spec().d_model;
+    let mean = Reading {
+        membership: Membership::PreAct,
+        aggregate: Aggregate::Mean,
+        roles: vec![Role::User, Role::Template],
+    };
     let mut out: Vec<SiteRows> = sites
         .iter()
         .map(|&site| SiteRows {
@@ -68,28 +74,13 @@ pub fn read(
             for (site, rows) in out.iter_mut().zip(rows) {
                 site.last
                     .push(rows[rows.len().saturating_sub(d)..].to_vec());
-                site.mean.push(mean_read(rows, &prompts[i].roles, d));
+                site.mean.push(pool(&mean, rows, &prompts[i].roles));
             }
             on_prompt();
             Ok(())
         },
     )?;
     Ok(out)
-}
-
-/// Mean over the rows of the user's and the template's tokens.
-fn mean_read(rows: &[f32], roles: &[Role], d: usize) -> Vec<f32> {
-    let mut sum = vec![0.0f64; d];
-    let mut n = 0.0;
-    for (row, role) in rows.chunks_exact(d).zip(roles) {
-        if matches!(role, Role::User | Role::Template) {
-            sum.iter_mut()
-                .zip(row)
-                .for_each(|(s, v)| *s += f64::from(*v));
-            n += 1.0;
-        }
-    }
-    sum.iter().map(|s| (s / f64::max(n, 1.0)) as f32).collect()
 }
 
 /// How well both detectors, made on the prompts `train`, tell the others apart.
@@ -124,14 +115,14 @@ pub fn separation(rows: &[Vec<f32>], labels: &[bool], train: Range<usize>) -> Se
 ///
 /// # Shapes
 /// `rows` is `[n][d_model]`, `labels` `[n]`; returns `[d_model]`.
-pub fn difference_of_means(rows: &[Vec<f32>], labels: &[bool]) -> Vec<f32> {
-    let d = rows.first().map_or(0, Vec::len);
+pub fn difference_of_means<R: AsRef<[f32]>>(rows: &[R], labels: &[bool]) -> Vec<f32> {
+    let d = rows.first().map_or(0, |r| r.as_ref().len());
     let mean = |want: bool| -> Vec<f64> {
-        let group: Vec<&Vec<f32>> = rows
+        let group: Vec<&[f32]> = rows
             .iter()
             .zip(labels)
             .filter(|(_, l)| **l == want)
-            .map(|(x, _)| x)
+            .map(|(x, _)| x.as_ref())
             .collect();
         let n = group.len().max(1) as f64;
         (0..d)
@@ -151,17 +142,13 @@ mod tests {
 
     #[test]
     fn means_by_hand() {
-        let rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
-        let roles = [Role::System, Role::User, Role::Template];
-        assert_eq!(mean_read(&rows, &roles, 2), [4.0, 5.0]);
-        assert_eq!(mean_read(&rows, &[Role::System; 3], 2), [0.0, 0.0]);
         let rows = [vec![1.0, 0.0], vec![3.0, 0.0], vec![0.0, 8.0]];
         assert_eq!(
             difference_of_means(&rows, &[true, true, false]),
             [2.0, -8.0]
         );
         assert_eq!(difference_of_means(&rows[..1], &[true]), [1.0, 0.0]);
-        assert_eq!(difference_of_means(&[], &[]), [0.0f32; 0]);
+        assert!(difference_of_means::<Vec<f32>>(&[], &[]).is_empty());
     }
 
     #[test]

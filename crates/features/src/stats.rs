@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn close(found: f64, expected: f64, tolerance: f64) {
+    pub(super) fn close(found: f64, expected: f64, tolerance: f64) {
         assert!(
             (found - expected).abs() <= tolerance,
             "{found} against {expected}"

@@ -245,6 +245,16 @@ pub struct SetSearch {
     pub pairs: Vec<SetEvidence>,
 }
 
+impl SetSearch {
+    /// The pairs, the strongest interaction first, of either sign.
+    pub fn strongest_pairs(&self) -> Vec<&SetEvidence> {
+        let strength = |p: &SetEvidence| p.interaction.map_or(0.0, |i| i.value.abs());
+        let mut pairs: Vec<&SetEvidence> = self.pairs.iter().collect();
+        pairs.sort_by(|a, b| strength(b).total_cmp(&strength(a)));
+        pairs
+    }
+}
+
 /// How well two detectors tell unsafe validation prompts from safe ones: AUROC.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Separation {

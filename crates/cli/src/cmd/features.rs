@@ -7,8 +7,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use demur_eval::record::Discovery;
-use demur_features::table::{AttributionEvidence, Feature};
+use demur_features::table::{AttributionEvidence, Feature, FeatureTable};
 
 use crate::cmd::report::read_record;
 use crate::progress::say;
@@ -128,12 +127,12 @@ pub fn run(args: Args) -> Result<()> {
     if let (Some(Layout::Neuronpedia), Some(out)) = (args.export, &args.out) {
         return say(neuronpedia::write(&record, out)?);
     }
-    let Discovery {
+    let FeatureTable {
         mut features,
         sets,
         sites,
         ..
-    } = record.discovery;
+    } = record.discovery.table;
     let mut out = std::io::stdout().lock();
     match args.show {
         Part::Features => {}

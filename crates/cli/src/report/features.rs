@@ -25,7 +25,7 @@ const OPEN: usize = 1;
 
 pub fn section(view: &View<'_>) -> Markup {
     let found = &view.record.discovery;
-    let mut features: Vec<&Feature> = found.features.iter().collect();
+    let mut features: Vec<&Feature> = found.table.features.iter().collect();
     features.sort_by_key(|f| (!f.chosen, f.rank));
     let any_chosen = features.iter().any(|f| f.chosen);
     html! {
@@ -37,7 +37,7 @@ pub fn section(view: &View<'_>) -> Markup {
                     "They were found on discovery prompts and ranked by what a clamp does to the refusal log-odds of validation prompts."
                 }
             }
-            @if let Some(s) = &found.stability { (stability(s)) }
+            @if let Some(s) = &found.table.stability { (stability(s)) }
             @if features.is_empty() {
                 p class="note" { "Discovery reported no feature." }
             }
@@ -50,8 +50,8 @@ pub fn section(view: &View<'_>) -> Markup {
                     span class="mono" { "record.json" } "."
                 }
             }
-            @if let Some(s) = &found.sets { (sets::figures(s)) }
-            @if !found.sites.is_empty() { (sites::figures(&found.sites, &view.record.sae.site)) }
+            @if let Some(s) = &found.table.sets { (sets::figures(s)) }
+            @if !found.table.sites.is_empty() { (sites::figures(&found.table.sites, &view.record.sae.site)) }
         }
     }
 }

@@ -77,7 +77,7 @@ fn splits(r: &Record) -> Markup {
             }
             p class="note" {
                 "Base refused " (count(r.discovery.refused_unsafe as u64)) " of the unsafe discovery prompts. Methods: "
-                (or_none(&r.discovery.methods.join(", ").replace('_', " "))) "."
+                (or_none(&r.discovery.table.methods.join(", ").replace('_', " "))) "."
             }
         }
     }

@@ -11,9 +11,7 @@ const PAIRS: usize = 12;
 
 /// The figures of a search.
 pub fn figures(s: &SetSearch) -> Markup {
-    let mut pairs: Vec<&SetEvidence> = s.pairs.iter().collect();
-    let strength = |p: &SetEvidence| p.interaction.map_or(0.0, |i| i.value.abs());
-    pairs.sort_by(|a, b| strength(b).total_cmp(&strength(a)));
+    let pairs = s.strongest_pairs();
     html! {
         div class="beside" id="sets" {
             h3 { "Small sets" }

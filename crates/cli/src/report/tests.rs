@@ -207,11 +207,11 @@ proptest::proptest! {
 #[test]
 fn what_is_missing_does_no_harm() {
     let nothing: [Change; 16] = [
-        ("features", |r| r.discovery.features.clear()),
+        ("features", |r| r.discovery.table.features.clear()),
         ("sets and stability", |r| {
-            (r.discovery.sets, r.discovery.stability) = (None, None)
+            (r.discovery.table.sets, r.discovery.table.stability) = (None, None)
         }),
-        ("sites", |r| r.discovery.sites.clear()),
+        ("sites", |r| r.discovery.table.sites.clear()),
         ("sweep", |r| r.tune.sweep.clear()),
         ("curve", |r| r.sae.curve.clear()),
         ("one point", |r| r.sae.curve.truncate(1)),
@@ -227,6 +227,7 @@ fn what_is_missing_does_no_harm() {
         ("stages", |r| r.stages.clear()),
         ("evidence", |r| {
             r.discovery
+                .table
                 .features
                 .iter_mut()
                 .for_each(|f| f.evidence = Default::default())
@@ -272,16 +273,16 @@ fn what_is_no_number_is_a_dash() {
     for p in &mut record.sae.curve {
         (p.fvu, p.dead) = (f64::NAN, f64::INFINITY);
     }
-    for f in &mut record.discovery.features {
+    for f in &mut record.discovery.table.features {
         f.evidence.density = Some(f64::NAN);
         f.top_activations
             .iter_mut()
             .for_each(|a| a.acts.fill(f32::NAN));
     }
-    for set in &mut record.discovery.sets.as_mut().unwrap().sets {
+    for set in &mut record.discovery.table.sets.as_mut().unwrap().sets {
         (set.refusal_logodds_delta_safe, set.interaction) = (nan, Some(nan));
     }
-    for site in &mut record.discovery.sites {
+    for site in &mut record.discovery.table.sites {
         (site.last.probe, site.mean.direction) = (nan, nan);
         site.refusal.as_mut().unwrap().refusal_logodds_delta_safe = nan;
     }
@@ -307,8 +308,8 @@ fn a_big_study_is_a_page_of_sensible_size() {
             ..row.clone()
         })
         .collect();
-    let feature = record.discovery.features[0].clone();
-    record.discovery.features = vec![feature; 500];
+    let feature = record.discovery.table.features[0].clone();
+    record.discovery.table.features = vec![feature; 500];
     let category = record.categories[0].clone();
     record.categories = (0..3000)
         .map(|i| {

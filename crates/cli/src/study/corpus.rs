@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use demur_eval::arms::{self, Arm, Item};
+use demur_eval::arms::{Arm, Item};
 use demur_eval::files::{self, Lines};
 use demur_eval::prompts::{self, Prompt, Split};
 use demur_features::harvest::Sequence;
@@ -109,21 +109,12 @@ pub fn run(c: &StudyContext, scratch: &Path) -> Result<Corpus> {
         .take(HELD_OUT_CHATS)
         .collect();
     let items = c.items(&held_out)?;
-    let bar = Progress::new("harvest", "chats", items.len() as u64);
-    let replies = arms::run(
-        &mut c.engine(),
-        &[Arm {
-            name: "held_out",
-            hook: None,
-            items: &items,
-        }],
-        HELD_OUT_REPLY,
-        &c.openers,
-        &scratch.join("held_out.jsonl"),
-        |n| bar.resume(n as u64),
-        |_| bar.advance(1),
-    )?;
-    bar.finish();
+    let base = Arm {
+        name: "held_out",
+        hook: None,
+        items: &items,
+    };
+    let replies = c.replies("harvest", &[base], HELD_OUT_REPLY, scratch)?;
     let chats: Vec<Sequence> = items
         .iter()
         .zip(&replies)
@@ -240,7 +231,7 @@ fn on_policy(c: &StudyContext, items: &[Item], log: &Path) -> Result<Vec<Sequenc
         });
     }
     let bar = Progress::new("on-policy", "chats", n as u64);
-    bar.advance((n - asked.len()) as u64);
+    bar.resume((n - asked.len()) as u64);
     let mut failed = None;
     c.engine().run(requests, |at, output| {
         let (i, source) = asked[at].clone();

@@ -1,6 +1,6 @@
 //! Stage `gate`: a condition on latents that tells an unsafe request from one that only looks so.
 //!
-//! Trained on the rows of stage `read`, of the discovery split's prompts, chosen and calibrated on the
+//! Trained on what `read` keeps of the discovery split's prompts, chosen and calibrated on the
 //! validation split, and then run once on the test split: over all, by category, by style, and on
 //! the categories that training never saw. Beside it stand a probe on the raw residual, trained and
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
@@ -12,6 +12,7 @@ use demur_eval::prompts::{Label, Prompt, Split};
 use demur_features::gate::{
     self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
 };
+use demur_features::sites::difference_of_means;
 use demur_model::hooks::Role;
 use demur_sae::Sae;
 use demur_steering::{Aggregate, Gate, PLAN_VERSION, Scope, SteeringPlan};
@@ -226,19 +227,7 @@ fn condition(
     // The SAE's site is the last.
     let of_site = last.rows.iter().map(|r| &r[r.len() - width..]);
     let rows: Vec<&[f32]> = of_site.collect();
-    let mean = |want: bool| -> Vec<f64> {
-        let mut sum = vec![0.0; width];
-        let of = train.clone().filter(|&i| labels[i] == want);
-        let n = of.clone().count().max(1) as f64;
-        for i in of {
-            sum.iter_mut()
-                .zip(rows[i])
-                .for_each(|(s, v)| *s += f64::from(*v) / n);
-        }
-        sum
-    };
-    let both = mean(true).into_iter().zip(mean(false));
-    let direction: Vec<f32> = both.map(|(a, b)| (a - b) as f32).collect();
+    let direction = difference_of_means(&rows[train.clone()], &labels[train.clone()]);
     let length = |v: &[f32]| v.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().sqrt();
     let scale = length(&direction);
     let cosine = |row: &&[f32]| {

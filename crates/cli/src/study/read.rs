@@ -46,7 +46,8 @@ pub fn rows(
     let bytes = 4 * readings.record_len();
     let (mut rows, mut keys) = (open(&folder.join(ROWS))?, open(&folder.join(KEYS))?);
     let mut known = Vec::new();
-    keys.read_to_end(&mut known)?;
+    keys.read_to_end(&mut known)
+        .with_context(|| format!("read {}", folder.join(KEYS).display()))?;
     // A torn record, or one without its key, was being written when the process was killed.
     let n = (known.len() / KEY).min((rows.metadata()?.len() / bytes as u64) as usize);
     rows.set_len((n * bytes) as u64)?;
@@ -102,7 +103,6 @@ fn read(
     let bar = Progress::new("gate", "prompts", (done + prompts.len()) as u64);
     bar.resume(done as u64);
     let mut out = BufWriter::with_capacity(1 << 20, &*rows);
-    let mut prompts = prompts.iter();
     let mut failed = None;
     let result = gate::read(
         &c.loaded.model,
@@ -110,10 +110,10 @@ fn read(
         latents(c, sae),
         &sequences,
         c.study.model.batch_tokens,
-        |record| {
+        |i, record| {
             let bytes: Vec<u8> = record.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let key = prompts.next().map(|p| key(p)).unwrap_or_default();
-            match out.write_all(&bytes).and_then(|()| keys.write_all(&key)) {
+            let kept = out.write_all(&bytes);
+            match kept.and_then(|()| keys.write_all(&key(prompts[i]))) {
                 Ok(()) => bar.advance(1),
                 Err(e) => {
                     failed = Some(e);

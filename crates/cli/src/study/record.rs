@@ -10,6 +10,7 @@ use demur_eval::record::{
 };
 use demur_eval::stats::{self, Estimate, mcnemar, paired_difference, wilson};
 use demur_features::gate::Group;
+use demur_features::table::FeatureTable;
 use demur_steering::{explain, explain_gate};
 
 use super::config::Arm;
@@ -133,12 +134,11 @@ pub fn assemble(
                 .collect(),
         }),
         discovery: Discovery {
-            methods: found.table.methods.clone(),
             refused_unsafe: found.refused_unsafe,
-            features,
-            stability: found.table.stability.clone(),
-            sets: found.table.sets.clone(),
-            sites: found.table.sites.clone(),
+            table: FeatureTable {
+                features,
+                ..found.table.clone()
+            },
         },
         tune: Tune {
             aim: tuned.aim.clone(),

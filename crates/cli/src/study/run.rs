@@ -94,14 +94,23 @@ impl Run {
         link.clone_into(&mut self.chain);
     }
 
-    /// A folder that is no stage's: kept, with all that is in it, while its inputs stay what they are.
-    pub fn folder(&self, name: &str, inputs: &impl Serialize) -> Result<PathBuf> {
+    /// A folder that `stage` keeps beside its own, with all that is in it, while its inputs stay what they are
+    /// and the stage is not to be run anew.
+    pub fn folder(&self, name: &str, stage: &str, inputs: &impl Serialize) -> Result<PathBuf> {
         let inputs_sha256 = self.inputs(name, inputs)?;
         let folder = self.dir.join(name);
-        if !is_of(&folder, &inputs_sha256) {
+        let done = self.dir.join(format!("{stage}.json")).exists();
+        if !is_of(&folder, &inputs_sha256) || (self.redo(stage) && done) {
             empty(&folder, &inputs_sha256)?;
         }
         Ok(folder)
+    }
+
+    /// Whether a stage is to be run anew, whatever is there.
+    fn redo(&self, stage: &str) -> bool {
+        let index = STAGES.iter().position(|s| *s == stage);
+        self.from
+            .is_some_and(|from| index.is_none_or(|i| i >= from))
     }
 
     /// Hash of what something depends on.
@@ -120,15 +129,11 @@ impl Run {
         inputs: &impl Serialize,
         work: impl FnOnce(&Path) -> Result<T>,
     ) -> Result<T> {
-        let index = STAGES
-            .iter()
-            .position(|s| *s == name)
-            .unwrap_or(STAGES.len());
         let inputs_sha256 = self.inputs(name, inputs)?;
         let file = self.dir.join(format!("{name}.json"));
         let scratch = self.dir.join(name);
         let same_scratch = is_of(&scratch, &inputs_sha256);
-        let redo = self.from.is_some_and(|from| index >= from);
+        let redo = self.redo(name);
         // What later stages need of this one may lie in its folder: without it, it is not done.
         if !redo
             && same_scratch
@@ -292,6 +297,32 @@ mod tests {
             })
             .unwrap();
         (a, b)
+    }
+
+    #[test]
+    fn a_folder_is_kept_until_its_inputs_change_or_its_stage_is_run_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = |from, input: u32| {
+            let run = Run::open(dir.path().to_owned(), from).unwrap();
+            run.folder("read", "gate", &input).unwrap()
+        };
+        let kept = folder(None, 1).join("rows");
+        fs::write(&kept, "x").unwrap();
+        folder(None, 1);
+        let gate = STAGES.iter().position(|s| *s == "gate");
+        folder(gate, 1);
+        assert!(
+            kept.is_file(),
+            "the stage has not been done: this is its killed run"
+        );
+        fs::write(dir.path().join("gate.json"), "{}").unwrap();
+        folder(gate.map(|g| g + 1), 1);
+        assert!(kept.is_file());
+        folder(gate, 1);
+        assert!(!kept.exists());
+        fs::write(&kept, "x").unwrap();
+        folder(None, 2);
+        assert!(!kept.exists());
     }
 
     #[test]

@@ -164,6 +164,32 @@ fn trained_tested_and_used(reads: &str, sites: &str) -> serde_json::Value {
     trained["trained"].clone()
 }
 
+/// A gate is trained anew from what was read; a torn or lost end of it is read again, to the same gate.
+#[test]
+fn what_was_read_is_kept() {
+    let place = Place::new();
+    let train = |runs: &str, l2: &str| {
+        let args = ["gate", "train", "tiny.toml", "--runs", runs, "--json"];
+        let sets = ["--set", "gate.reads=[\"residual\"]", "--set", l2];
+        place.run([&args[..], &sets].concat()).succeeded()
+    };
+    let read = |stderr: &str| stderr.lines().any(|l| l.contains(" prompts in "));
+    let first = train("runs", "gate.l2=[0.1]");
+    assert!(read(&first.stderr), "{}", first.stderr);
+    let again = train("runs", "gate.l2=[0.3]");
+    assert!(!read(&again.stderr), "{}", again.stderr);
+    let alone = train("alone", "gate.l2=[0.3]").json()["trained"].clone();
+    assert_eq!(again.json()["trained"], alone);
+
+    let rows = place.path("runs/tiny/read/rows.f32");
+    let whole = fs::read(&rows).unwrap();
+    fs::write(&rows, &whole[..whole.len() / 2 + 3]).unwrap();
+    let torn = train("runs", "gate.l2=[0.1]");
+    assert!(read(&torn.stderr), "{}", torn.stderr);
+    assert_eq!(torn.json()["trained"], first.json()["trained"]);
+    assert_eq!(fs::read(&rows).unwrap().len(), whole.len());
+}
+
 /// What files add to the gate's prompts: what is like a test's prompt is not among it.
 #[test]
 fn a_gate_learns_from_files_but_not_from_a_test() {

@@ -140,14 +140,7 @@ pub fn spearman(a: &[f64], b: &[f64]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[track_caller]
-    fn close(found: f64, expected: f64, tolerance: f64) {
-        assert!(
-            (found - expected).abs() <= tolerance,
-            "{found} against {expected}"
-        );
-    }
+    use crate::stats::tests::close;
 
     #[test]
     fn mann_whitney_and_auroc_with_ties() {

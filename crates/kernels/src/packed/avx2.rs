@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{TOP, Tile};
 use super::panel::{Panel, Row};
-use super::{Factors, Kind, Line, PANEL, Packed};
+use super::{Kind, Line, PANEL, Packed, PanelFactors};
 
 /// Activation rows whose sums fill the registers.
 const ROWS: usize = 4;
@@ -165,7 +165,6 @@ pub(super) fn one(w: &Packed, panel: usize, x: Tile<'_>, sums: &mut Row) {
 /// Needs the features below; `lines` are the panel's, `x` holds a row.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn one_inner(w: &Packed, panel: usize, lines: &[Line], x: Tile<'_>, sums: &mut Row) {
-    let (blocks, groups) = (w.blocks, w.blocks * w.halves);
     /// Picks the instance for the integers, given how factors are read.
     macro_rules! bits {
         ($min:expr, $factors:expr) => {
@@ -181,34 +180,26 @@ unsafe fn one_inner(w: &Packed, panel: usize, lines: &[Line], x: Tile<'_>, sums:
             }
         };
     }
-    match &w.factors {
-        Factors::Blocks { scales, mins } => {
-            let scales = &scales[panel * blocks..][..blocks];
-            if mins.is_empty() {
-                bits!(false, |at, p| (half(&scales[at], p), _mm256_setzero_ps()));
-            } else {
-                let mins = &mins[panel * blocks..][..blocks];
-                bits!(true, |at, p| (half(&scales[at], p), half(&mins[at], p)));
-            }
+    let each = 8 * w.halves;
+    match w.factors_of(panel) {
+        PanelFactors::Blocks { scales, mins: [] } => {
+            bits!(false, |at, p| (half(&scales[at], p), _mm256_setzero_ps()));
         }
-        Factors::Supers { units, scales } => {
-            let units = &units[panel * (blocks / 8)..][..blocks / 8];
-            let scales = &scales[panel * groups..][..groups];
-            let each = 8 * w.halves;
-            let factor = |at: usize, p| expand(&units[at / each], &scales[at], p);
-            bits!(false, |at, p| (factor(at, p), _mm256_setzero_ps()));
+        PanelFactors::Blocks { scales, mins } => {
+            bits!(true, |at, p| (half(&scales[at], p), half(&mins[at], p)));
         }
-        Factors::SupersWithMins {
+        PanelFactors::Supers { units, scales } => {
+            bits!(false, |at, p| (
+                expand(&units[at / each], &scales[at], p),
+                _mm256_setzero_ps()
+            ));
+        }
+        PanelFactors::SupersWithMins {
             units,
             scales,
             min_units,
             mins,
         } => {
-            let of = panel * (blocks / 8)..(panel + 1) * (blocks / 8);
-            let (units, min_units) = (&units[of.clone()], &min_units[of]);
-            let of = panel * groups..(panel + 1) * groups;
-            let (scales, mins) = (&scales[of.clone()], &mins[of]);
-            let each = 8 * w.halves;
             let minus = _mm256_set1_ps(-0.0);
             bits!(true, |at, p| (
                 expand(&units[at / each], &scales[at], p),

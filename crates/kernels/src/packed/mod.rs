@@ -131,6 +131,28 @@ enum Factors {
     },
 }
 
+/// The factors of one panel.
+#[derive(Clone, Copy)]
+enum PanelFactors<'a> {
+    /// f16, `[block]`; no minima for symmetric types.
+    Blocks {
+        scales: &'a [[u16; PANEL]],
+        mins: &'a [[u16; PANEL]],
+    },
+    /// Units `[columns / 256]` in f16, integers `[block][halves]`.
+    Supers {
+        units: &'a [[u16; PANEL]],
+        scales: &'a [[i8; PANEL]],
+    },
+    /// The same twice.
+    SupersWithMins {
+        units: &'a [[u16; PANEL]],
+        scales: &'a [[i8; PANEL]],
+        min_units: &'a [[u16; PANEL]],
+        mins: &'a [[i8; PANEL]],
+    },
+}
+
 impl Factors {
     fn bytes(&self) -> usize {
         let rows = match self {
@@ -435,6 +457,34 @@ impl Packed {
             Factors::Blocks { mins, .. } => !mins.is_empty(),
             Factors::Supers { .. } => false,
             Factors::SupersWithMins { .. } => true,
+        }
+    }
+
+    /// The factors of a panel, as packed.
+    fn factors_of(&self, panel: usize) -> PanelFactors<'_> {
+        let of = |each: usize| panel * each..(panel + 1) * each;
+        let (blocks, groups) = (of(self.blocks), of(self.blocks * self.halves));
+        let supers = of(self.blocks * BLOCK / 256);
+        match &self.factors {
+            Factors::Blocks { scales, mins } => PanelFactors::Blocks {
+                scales: &scales[blocks.clone()],
+                mins: mins.get(blocks).unwrap_or_default(),
+            },
+            Factors::Supers { units, scales } => PanelFactors::Supers {
+                units: &units[supers],
+                scales: &scales[groups],
+            },
+            Factors::SupersWithMins {
+                units,
+                scales,
+                min_units,
+                mins,
+            } => PanelFactors::SupersWithMins {
+                units: &units[supers.clone()],
+                scales: &scales[groups.clone()],
+                min_units: &min_units[supers],
+                mins: &mins[groups],
+            },
         }
     }
 

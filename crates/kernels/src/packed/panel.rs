@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 use bytemuck::Zeroable;
 
-use super::{BLOCK, Factors, Kind, Line, PANEL, Packed};
+use super::{Kind, Line, PANEL, Packed, PanelFactors};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16, vnni};
 use crate::dispatch::{Isa, isa};
@@ -206,27 +206,20 @@ fn unpack_factors(
     widen: impl Fn(&[[u16; PANEL]], &mut [Row]),
     expand: impl Fn(&[[u16; PANEL]], &[[i8; PANEL]], f32, &mut [Row]),
 ) {
-    let of = |each: usize| panel * each..(panel + 1) * each;
-    let (blocks, groups) = (of(w.blocks), of(w.blocks * w.halves));
-    let supers = of(w.blocks * BLOCK / 256);
-    match &w.factors {
-        Factors::Blocks { scales: s, mins: m } => {
-            widen(&s[blocks.clone()], scales);
-            if !m.is_empty() {
-                widen(&m[blocks], mins);
-            }
+    match w.factors_of(panel) {
+        PanelFactors::Blocks { scales: s, mins: m } => {
+            widen(s, scales);
+            widen(m, mins);
         }
-        Factors::Supers { units, scales: s } => {
-            expand(&units[supers], &s[groups], 1.0, scales);
-        }
-        Factors::SupersWithMins {
+        PanelFactors::Supers { units, scales: s } => expand(units, s, 1.0, scales),
+        PanelFactors::SupersWithMins {
             units,
             scales: s,
             min_units,
             mins: m,
         } => {
-            expand(&units[supers.clone()], &s[groups.clone()], 1.0, scales);
-            expand(&min_units[supers], &m[groups], -1.0, mins);
+            expand(units, s, 1.0, scales);
+            expand(min_units, m, -1.0, mins);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{TILE, TOP, Tile};
 use super::panel::{Panel, Row};
-use super::{Factors, Kind, Line, PANEL, Packed};
+use super::{Kind, Line, PANEL, Packed, PanelFactors};
 
 /// Sums of one panel for a tile of activations; of [`TILE`] rows the sums, the weights of a block and a
 /// scale fill the registers. The integers are unpacked, or with `PACKED` as they are stored, and are then
@@ -77,7 +77,6 @@ pub(super) fn one(w: &Packed, panel: usize, x: Tile<'_>, sums: &mut Row) {
 /// Needs the features below; `lines` are the panel's, `x` holds a row.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 unsafe fn one_inner(w: &Packed, panel: usize, lines: &[Line], x: Tile<'_>, sums: &mut Row) {
-    let (blocks, groups) = (w.blocks, w.blocks * w.halves);
     /// Picks the instance for the integers, given how factors are read.
     macro_rules! bits {
         ($min:expr, $factors:expr) => {
@@ -94,34 +93,26 @@ unsafe fn one_inner(w: &Packed, panel: usize, lines: &[Line], x: Tile<'_>, sums:
             }
         };
     }
-    match &w.factors {
-        Factors::Blocks { scales, mins } => {
-            let scales = &scales[panel * blocks..][..blocks];
-            if mins.is_empty() {
-                bits!(false, |at| (half(&scales[at]), _mm512_setzero_ps()));
-            } else {
-                let mins = &mins[panel * blocks..][..blocks];
-                bits!(true, |at| (half(&scales[at]), half(&mins[at])));
-            }
+    let each = 8 * w.halves;
+    match w.factors_of(panel) {
+        PanelFactors::Blocks { scales, mins: [] } => {
+            bits!(false, |at| (half(&scales[at]), _mm512_setzero_ps()));
         }
-        Factors::Supers { units, scales } => {
-            let units = &units[panel * (blocks / 8)..][..blocks / 8];
-            let scales = &scales[panel * groups..][..groups];
-            let each = 8 * w.halves;
-            let factor = |at: usize| expand(&units[at / each], &scales[at]);
-            bits!(false, |at| (factor(at), _mm512_setzero_ps()));
+        PanelFactors::Blocks { scales, mins } => {
+            bits!(true, |at| (half(&scales[at]), half(&mins[at])));
         }
-        Factors::SupersWithMins {
+        PanelFactors::Supers { units, scales } => {
+            bits!(false, |at| (
+                expand(&units[at / each], &scales[at]),
+                _mm512_setzero_ps()
+            ));
+        }
+        PanelFactors::SupersWithMins {
             units,
             scales,
             min_units,
             mins,
         } => {
-            let of = panel * (blocks / 8)..(panel + 1) * (blocks / 8);
-            let (units, min_units) = (&units[of.clone()], &min_units[of]);
-            let of = panel * groups..(panel + 1) * groups;
-            let (scales, mins) = (&scales[of.clone()], &mins[of]);
-            let each = 8 * w.halves;
             let minus = _mm512_set1_ps(-0.0);
             bits!(true, |at| (
                 expand(&units[at / each], &scales[at]),

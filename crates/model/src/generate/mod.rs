@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::hooks::{Intervention, Role};
 pub use engine::{Engine, EngineConfig};
+pub use prefix::common as common_beginning;
 pub use sampling::Sampling;
 pub use score::{ContinuationScore, ScoreRequest, Scored, score};
 

@@ -31,7 +31,7 @@ pub(super) fn plan(hook: Option<&Arc<dyn Intervention>>) -> Option<Plan> {
 }
 
 /// How many tokens two prompts begin with in common, in the same roles; at least one of each is left over.
-pub(super) fn common(a: (&[u32], &[Role]), b: (&[u32], &[Role])) -> usize {
+pub fn common(a: (&[u32], &[Role]), b: (&[u32], &[Role])) -> usize {
     let most = a.0.len().min(b.0.len()).saturating_sub(1);
     let same = |i: &usize| a.0[*i] == b.0[*i] && a.1.get(*i) == b.1.get(*i);
     (0..most).take_while(same).count()

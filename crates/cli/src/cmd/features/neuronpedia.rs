@@ -81,6 +81,7 @@ struct Activation<'a> {
 pub fn write(record: &Record, out: &Path) -> Result<String> {
     let (shown, left): (Vec<&Feature>, Vec<&Feature>) = record
         .discovery
+        .table
         .features
         .iter()
         .partition(|f| !f.top_activations.is_empty());
@@ -203,8 +204,8 @@ mod tests {
     #[test]
     fn a_batch_is_as_it_was() {
         let mut record = sample_record();
-        record.discovery.features.truncate(1);
-        let features = record.discovery.features.iter().collect();
+        record.discovery.table.features.truncate(1);
+        let features = record.discovery.table.features.iter().collect();
         let batch = &batches(&record, features).unwrap()[0];
         let found = serde_json::to_string_pretty(batch).unwrap();
         let golden = include_str!("../../../../../testdata/neuronpedia/batch-0.json");
@@ -214,14 +215,14 @@ mod tests {
     #[test]
     fn batches_are_of_128_in_the_order_of_latents() {
         let mut record = sample_record();
-        let feature = record.discovery.features[0].clone();
-        record.discovery.features = (0..300u32)
+        let feature = record.discovery.table.features[0].clone();
+        record.discovery.table.features = (0..300u32)
             .map(|i| Feature {
                 latent: 299 - i,
                 ..feature.clone()
             })
             .collect();
-        record.discovery.features[0].top_activations.clear();
+        record.discovery.table.features[0].top_activations.clear();
         record.model.name = "models/some-model.gguf".to_owned();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("a/b");
@@ -239,7 +240,7 @@ mod tests {
             features.len()
         });
         assert_eq!(sizes, [128, 128, 43]);
-        record.discovery.features.truncate(1);
+        record.discovery.table.features.truncate(1);
         let e = write(&record, &out).unwrap_err();
         assert!(e.to_string().contains("report_features"), "{e}");
     }

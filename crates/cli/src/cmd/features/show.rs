@@ -84,13 +84,10 @@ pub fn sets(out: &mut impl Write, found: Option<&SetSearch>, json: bool) -> Resu
         "each latent at {} times its largest activation; KL at most {}",
         found.value, found.max_kl
     )?;
-    let mut pairs: Vec<&SetEvidence> = found.pairs.iter().collect();
-    let strength = |p: &SetEvidence| p.interaction.map_or(0.0, |i| i.value.abs());
-    pairs.sort_by(|a, b| strength(b).total_cmp(&strength(a)));
     let parts: [(&str, Vec<&SetEvidence>); 3] = [
         ("best of each size", found.sets.iter().collect()),
         ("alone", found.singles.iter().collect()),
-        ("pairs", pairs),
+        ("pairs", found.strongest_pairs()),
     ];
     for (name, sets) in parts {
         writeln!(
