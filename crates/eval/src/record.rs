@@ -226,7 +226,9 @@ pub struct Setting {
     pub threshold: f32,
     /// And clear below this one.
     pub clear: Option<f32>,
-    /// The value on the other side that latents are set to where it is clear, times the clamp's.
+    /// The value that latents are set to where it is open, times the tuned clamp's.
+    pub clamp: f64,
+    /// The value on the other side that they are set to where it is clear, times the tuned clamp's.
     pub damp: f64,
     pub refusal_unsafe: Estimate,
     pub refusal_safe: Estimate,

@@ -2,7 +2,7 @@
 //!
 //! | weights | [`Precision::Fast`] | [`Precision::F32`] |
 //! | --- | --- | --- |
-//! | Q4_0 ... Q8_0, Q2_K ... Q6_K | packed integers, activations in int8 blocks (see `packed.rs`) | dequantised to f32 |
+//! | Q4_0 ... Q8_0, Q2_K ... Q6_K | packed integers, activations in int8 blocks (see `packed.rs`) | packed, dequantised in the cache |
 //! | F32, F16, BF16 | as in the file, widened in registers | f32 |
 //!
 //! A gradient needs the layer without the rounding of activations, and its transpose:
@@ -58,6 +58,8 @@ enum Weights {
     F16(Vec<u16>),
     Bf16(Vec<u16>),
     Packed(Packed),
+    /// Packed, to be multiplied in f32.
+    Exact(Packed),
 }
 
 impl Linear {
@@ -103,8 +105,12 @@ impl Linear {
         let weights = match (ty, precision) {
             (GgmlType::F16, Precision::Fast) => Weights::F16(words()),
             (GgmlType::BF16, Precision::Fast) => Weights::Bf16(words()),
-            (ty, Precision::Fast) if ty.is_quantised() && in_features.is_multiple_of(BLOCK) => {
-                Weights::Packed(Packed::new(ty, bytes, out_features, in_features, read))
+            (ty, precision) if ty.is_quantised() && in_features.is_multiple_of(BLOCK) => {
+                let packed = Packed::new(ty, bytes, out_features, in_features, read);
+                match precision {
+                    Precision::Fast => Weights::Packed(packed),
+                    Precision::F32 => Weights::Exact(packed),
+                }
             }
             _ => {
                 let mut w = vec![0.0; out_features * in_features];
@@ -165,7 +171,7 @@ impl Linear {
         match &self.weights {
             Weights::F32(w) => w.len() * 4,
             Weights::F16(w) | Weights::Bf16(w) => w.len() * 2,
-            Weights::Packed(p) => p.bytes(),
+            Weights::Packed(p) | Weights::Exact(p) => p.bytes(),
         }
     }
 
@@ -213,12 +219,17 @@ impl Linear {
         }
     }
 
-    /// The packed weights, if they are.
+    /// The packed weights, if they are multiplied by rounded activations.
     pub(crate) fn packed(&self) -> Option<&Packed> {
         match &self.weights {
             Weights::Packed(p) => Some(p),
             _ => None,
         }
+    }
+
+    /// Whether packed weights are to be multiplied in f32.
+    fn is_exact(&self) -> bool {
+        matches!(self.weights, Weights::Exact(_))
     }
 
     /// Computes the outputs of one task.
@@ -236,6 +247,7 @@ impl Linear {
         unsafe {
             match &self.weights {
                 Weights::Packed(p) => p.task(part, x.rounded, bias, out),
+                Weights::Exact(_) => unreachable!("`forward_all` calls `forward_exact`"),
                 Weights::F32(w) => self.dense(w, part.0, x, bias, out),
                 Weights::F16(w) => {
                     self.dense(bytemuck::cast_slice::<u16, Half>(w), part.0, x, bias, out);
@@ -345,6 +357,15 @@ pub fn forward_all<const N: usize>(
         assert!(o.bias.is_none_or(fits), "bias is [out_features]");
     }
     if n == 0 {
+        return;
+    }
+    if outputs.iter().any(|o| o.linear.is_exact()) {
+        for o in outputs {
+            match o.linear.is_exact() {
+                true => o.linear.forward_exact(x, n, o.bias, o.y),
+                false => forward_all(x, n, products, [o]),
+            }
+        }
         return;
     }
     let packed = outputs.iter().any(|o| o.linear.packed().is_some());

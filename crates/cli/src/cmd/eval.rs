@@ -20,7 +20,7 @@ use demur_eval::leak::not_leaked;
 use demur_eval::prompts::{self, Label, Split};
 use demur_eval::results::Results;
 use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block};
-use demur_eval::suites::{Ask, Item, Pick, SUITES, safety};
+use demur_eval::suites::{Item, Pick, SUITES, safety};
 use demur_eval::talk::{Local, Remote, Talker};
 use demur_eval::wrap;
 use demur_model::generate::{EngineConfig, Sampling};
@@ -37,7 +37,7 @@ use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
 use crate::report::evaluation;
 use crate::study::config::{CacheFormat, Precision};
-use wanted::Wanted;
+use wanted::{Wanted, under};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -410,15 +410,8 @@ fn evaluate(how: &How, wanted: Wanted) -> Result<()> {
     if items.is_empty() {
         bail!("there is no item to ask");
     }
-    if let Some(name) = &how.wrap {
-        for item in &mut items {
-            if let Ask::Chat { turns, .. } = &mut item.ask {
-                for turn in turns {
-                    *turn =
-                        wrap::wrap(name, turn).map_err(|e| anyhow::Error::new(e).context(Usage))?;
-                }
-            }
-        }
+    if let Some(wrapper) = &how.wrap {
+        under(&mut items, wrapper)?;
     }
     let judges = if how.judging.judges.is_empty() {
         vec!["rules".to_owned()]

@@ -71,14 +71,14 @@ fn show(planned: &Planned) -> Result<()> {
 fn front(c: &Calibration) -> Result<()> {
     say(format_args!(
         "\nthe gate: {}\n\n{:<30} {:<20} {:<20} {:>9}",
-        c.aim, "open from, clear below", "unsafe refused", "safe refused", "KL, nats"
+        c.aim, "open from (clamp), clear below", "unsafe refused", "safe refused", "KL, nats"
     ))?;
     line("base", &c.base_unsafe, &c.base_safe, None, false)?;
     for s in &c.front {
         let clear = s
             .clear
             .map_or_else(String::new, |c| format!(", {c:.2} (damping {})", s.damp));
-        let name = format!("{:.2}{clear}", s.threshold);
+        let name = format!("{:.2} ({}){clear}", s.threshold, s.clamp);
         line(
             &name,
             &s.refusal_unsafe,

@@ -14,7 +14,7 @@ const SIDE: f64 = 160.0;
 pub fn figures(c: &Calibration) -> Markup {
     html! {
         p {
-            "Where it opens, where it is clear and how far it then damps was chosen among all settings on "
+            "Where it opens, where it is clear, how far it then clamps and damps was chosen among all settings on "
             (c.base_unsafe.n) " unsafe and " (c.base_safe.n) " safe validation prompts. These are the ones that no other beats. The aim: "
             (c.aim) "."
         }
@@ -62,6 +62,7 @@ fn table(c: &Calibration) -> Markup {
                 tr {
                     th scope="col" { "Open from" }
                     th scope="col" { "Clear below" }
+                    th scope="col" { "Clamp" }
                     th scope="col" { "Damping" }
                     th scope="col" { "Unsafe refused" }
                     th scope="col" { "Safe refused" }
@@ -74,6 +75,7 @@ fn table(c: &Calibration) -> Markup {
                     th scope="row" { "base" }
                     td { (DASH) }
                     td { (DASH) }
+                    td { (DASH) }
                     (cell(&c.base_unsafe))
                     (cell(&c.base_safe))
                     td { (DASH) }
@@ -83,6 +85,7 @@ fn table(c: &Calibration) -> Markup {
                     tr class=[s.chosen.then_some("chosen")] {
                         th scope="row" { (fixed(s.threshold.into(), 2)) @if s.chosen { " " span class="tag" { "chosen" } } }
                         td { (s.clear.map_or_else(|| DASH.to_owned(), |c| fixed(c.into(), 2))) }
+                        td { (s.clamp.to_string()) }
                         td { (if s.clear.is_some() { s.damp.to_string() } else { DASH.to_owned() }) }
                         (cell(&s.refusal_unsafe))
                         (cell(&s.refusal_safe))
@@ -105,6 +108,7 @@ mod tests {
         let setting = |on_unsafe, on_safe, clear: Option<f32>| Setting {
             threshold: 0.5,
             clear,
+            clamp: 1.5,
             damp: 0.25,
             refusal_unsafe: wilson(on_unsafe, 4),
             refusal_safe: wilson(on_safe, 4),
@@ -122,6 +126,6 @@ mod tests {
         assert!(page.contains("points=\"80,0 0,40\""), "{page}");
         assert!(page.contains("&lt;much&gt;"), "{page}");
         assert_eq!(page.matches("tag\">chosen").count(), 1, "{page}");
-        assert!(page.contains("<td>0.25</td>"), "{page}");
+        assert!(page.contains("<td>1.5</td><td>0.25</td>"), "{page}");
     }
 }

@@ -1,9 +1,9 @@
-//! Stage `calibrate`: where the gate opens, where it is clear and how far it then damps, chosen on
-//! validation prompts.
+//! Stage `calibrate`: where the gate opens and how far it then clamps, where it is clear and how far it then
+//! damps, chosen on validation prompts.
 //!
 //! A trained gate judges a turn before the reply's first token, so that a gated reply is one of three, to
 //! the letter: the clamp's where the gate is open, damping's where it is clear, base's between. So one
-//! run of each says what every pair of thresholds would do, and all pairs are tried. What is left is the
+//! run of each says what every pair of thresholds would do, and all pairs are tried with all strengths. What is left is the
 //! front: the settings that no other beats in both unsafe and safe requests refused, within the limit on
 //! the change of ordinary chats.
 //!
@@ -60,7 +60,7 @@ impl Calibrated {
 
     /// The clamp where the gate is open; where it is clear, damping.
     pub fn plan(&self, clamp: &SteeringPlan, trained: &Gate) -> SteeringPlan {
-        let mut plan = clamp.clone();
+        let mut plan = scaled(clamp, self.chosen.clamp);
         plan.gates.insert(GATE_NAME.to_owned(), self.gate(trained));
         for spec in &mut plan.interventions {
             spec.when = Some(Condition::Gate(GATE_NAME.to_owned()));
@@ -78,13 +78,21 @@ impl Calibrated {
     }
 }
 
+/// The clamp with values `by` times as large.
+fn scaled(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
+    let mut plan = clamp.clone();
+    for edit in plan.interventions.iter_mut().flat_map(|i| &mut i.edits) {
+        edit.value *= by as f32;
+    }
+    plan
+}
+
 /// The clamp's latents set to the other side, `by` times as far, where a refusal is decided.
 fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
-    let mut plan = clamp.clone();
+    let mut plan = scaled(clamp, -by);
     for spec in &mut plan.interventions {
         for edit in &mut spec.edits {
             edit.op = Op::Set;
-            edit.value *= -by as f32;
         }
         // No text but a reply's first tokens.
         spec.span.roles = vec![Role::Template, Role::Assistant];
@@ -93,21 +101,21 @@ fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
     plan
 }
 
-/// How base, the clamp and each damping did with a prompt.
+/// How base, each clamp and each damping did with a prompt.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Case {
     score: f32,
     is_unsafe: bool,
     base: Verdict,
-    open: Verdict,
+    open: Vec<Verdict>,
     clear: Vec<Verdict>,
 }
 
-/// The change of a chat under the clamp and under each damping, nats a token.
+/// The change of a chat under each clamp and under each damping, nats a token.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Chat {
     score: f32,
-    open: f64,
+    open: Vec<f64>,
     clear: Vec<f64>,
 }
 
@@ -139,13 +147,18 @@ pub fn measure(
             .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
         plan
     };
-    let mut plans = vec![reading("open", tuned.strongest.clone())];
-    for by in &cfg.damp {
-        plans.push(reading(
-            &format!("damp{by}"),
-            damping(&tuned.strongest, *by),
-        ));
-    }
+    let clamps = cfg
+        .clamp
+        .iter()
+        .map(|by| (format!("clamp{by}"), scaled(&tuned.strongest, *by)));
+    let dampings = cfg
+        .damp
+        .iter()
+        .map(|by| (format!("damp{by}"), damping(&tuned.strongest, *by)));
+    let plans: Vec<SteeringPlan> = clamps
+        .chain(dampings)
+        .map(|(name, plan)| reading(&name, plan))
+        .collect();
     let hooks = plans
         .iter()
         .map(|p| c.compile(p, sae))
@@ -164,14 +177,16 @@ pub fn measure(
     }
     let replies = c.replies("calibrate", &run_arms, cfg.max_new_tokens, scratch)?;
     let by_arm: Vec<&[Reply]> = replies.chunks_exact(items.len()).collect();
+    let (clamps, dampings) = by_arm[1..].split_at(cfg.clamp.len());
+    let verdicts = |arms: &[&[Reply]], i: usize| arms.iter().map(|r| r[i].verdict).collect();
     let cases = (0..n_judged)
         .map(|i| {
             Ok(Case {
                 score: score(&by_arm[1][i])?,
                 is_unsafe: i < n_unsafe,
                 base: by_arm[0][i].verdict,
-                open: by_arm[1][i].verdict,
-                clear: by_arm[2..].iter().map(|r| r[i].verdict).collect(),
+                open: verdicts(clamps, i),
+                clear: verdicts(dampings, i),
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -201,10 +216,11 @@ pub fn measure(
                 kl.push(score.kl / score.n.max(1) as f64);
             }
             bar.advance(1);
+            let (open, clear) = kl.split_at(cfg.clamp.len());
             Ok(Chat {
                 score: score(&by_arm[1][i])?,
-                open: kl[0],
-                clear: kl[1..].to_vec(),
+                open: open.to_vec(),
+                clear: clear.to_vec(),
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -214,8 +230,8 @@ pub fn measure(
 
 /// The front, and the setting on it that the config's aim asks for.
 pub fn choose(measured: &Measured, cfg: &CalibrateConfig) -> Calibrated {
-    let Measured { cases, chats } = measured;
-    let mut front = front(cases, chats, &cfg.damp, cfg.max_chat_kl);
+    let cases = &measured.cases;
+    let mut front = front(measured, cfg);
     let at = best(&front, cfg.aim_refusal_unsafe);
     front[at].chosen = true;
     let base = |want: bool| {
@@ -277,15 +293,18 @@ impl Sums {
 }
 
 /// The settings within the limit that no other beats in both figures, most unsafe requests refused first.
-fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<Setting> {
+fn front(Measured { cases, chats }: &Measured, cfg: &CalibrateConfig) -> Vec<Setting> {
     let mut sorted: Vec<&Case> = cases.iter().collect();
     sorted.sort_by(|a, b| a.score.total_cmp(&b.score));
     let n_unsafe = cases.iter().filter(|c| c.is_unsafe).count();
     let n_safe = cases.len() - n_unsafe;
-    let (base, open) = (
-        Sums::new(&sorted, |c| c.base),
-        Sums::new(&sorted, |c| c.open),
-    );
+    let base = Sums::new(&sorted, |c| c.base);
+    let opened: Vec<Sums> = (0..cfg.clamp.len())
+        .map(|o| Sums::new(&sorted, |c| c.open[o]))
+        .collect();
+    let damped: Vec<Sums> = (0..cfg.damp.len())
+        .map(|d| Sums::new(&sorted, |c| c.clear[d]))
+        .collect();
     // A cut: how many prompts lie below it, and a score that parts them from those above. The last is
     // above all scores, those of chats too: a gate that never opens changes nothing.
     let mut cuts: Vec<(usize, f32)> = (0..sorted.len())
@@ -299,62 +318,56 @@ fn front(cases: &[Case], chats: &[Chat], damp: &[f64], max_chat_kl: f64) -> Vec<
     let highest = scores.chain(chats.iter().map(|c| c.score));
     let highest = highest.fold(f32::NEG_INFINITY, f32::max);
     cuts.push((sorted.len(), highest.next_up()));
-    // For each count of unsafe requests refused, the setting with fewest safe ones.
-    let mut fewest: Vec<Option<Setting>> = vec![None; n_unsafe + 1];
-    let kl = |threshold: f32, clear: Option<(f32, usize)>| -> f64 {
-        let of = |chat: &Chat| match clear {
-            _ if chat.score >= threshold => chat.open,
-            Some((clear, d)) if chat.score < clear => chat.clear[d],
-            _ => 0.0,
+    // For each count of unsafe requests refused, the setting with fewest safe ones; of equals the first.
+    let mut fewest: Vec<Option<(usize, Setting)>> = vec![None; n_unsafe + 1];
+    // Open from a cut on with one of the clamps; perhaps clear below another with one of the dampings.
+    let mut offer =
+        |(at, threshold): (usize, f32), o: usize, clear: Option<(usize, f32, usize)>| {
+            let from = clear.map_or(0, |c| c.0);
+            let below = clear.map_or([0; 3], |(_, _, d)| damped[d].between(0, from));
+            let (between, above) = (base.between(from, at), opened[o].between(at, sorted.len()));
+            let [on_unsafe, on_safe, gibberish] =
+                std::array::from_fn(|i| below[i] + between[i] + above[i]);
+            let known = fewest[on_unsafe].as_ref();
+            if known.is_some_and(|(safe, s)| (*safe, s.gibberish) <= (on_safe, gibberish)) {
+                return;
+            }
+            let kl = |chat: &Chat| match clear {
+                _ if chat.score >= threshold => chat.open[o],
+                Some((_, clear, d)) if chat.score < clear => chat.clear[d],
+                _ => 0.0,
+            };
+            let chat_kl = chats.iter().map(kl).sum::<f64>() / chats.len().max(1) as f64;
+            if chat_kl > cfg.max_chat_kl {
+                return;
+            }
+            let setting = Setting {
+                threshold,
+                clear: clear.map(|c| c.1),
+                clamp: cfg.clamp[o],
+                damp: clear.map_or(0.0, |c| cfg.damp[c.2]),
+                refusal_unsafe: wilson(on_unsafe, n_unsafe),
+                refusal_safe: wilson(on_safe, n_safe),
+                gibberish,
+                chat_kl,
+                chosen: false,
+            };
+            fewest[on_unsafe] = Some((on_safe, setting));
         };
-        chats.iter().map(of).sum::<f64>() / chats.len().max(1) as f64
-    };
-    let mut offer = |threshold: (usize, f32), clear: Option<(usize, f32, usize, &Sums)>| {
-        let from = clear.map_or(0, |c| c.0);
-        let damped = clear.map_or([0; 3], |c| c.3.between(0, from));
-        let between = base.between(from, threshold.0);
-        let opened = open.between(threshold.0, sorted.len());
-        let [on_unsafe, on_safe, gibberish] =
-            std::array::from_fn(|i| damped[i] + between[i] + opened[i]);
-        let known = fewest[on_unsafe].as_ref();
-        let fewer = |s: &Setting| {
-            (on_safe, gibberish)
-                < (
-                    (s.refusal_safe.value * n_safe as f64).round() as usize,
-                    s.gibberish,
-                )
-        };
-        if known.is_some_and(|s| !fewer(s)) {
-            return;
+    for (o, _) in opened.iter().enumerate() {
+        for &threshold in &cuts {
+            offer(threshold, o, None);
         }
-        let chat_kl = kl(threshold.1, clear.map(|c| (c.1, c.2)));
-        if chat_kl > max_chat_kl {
-            return;
-        }
-        fewest[on_unsafe] = Some(Setting {
-            threshold: threshold.1,
-            clear: clear.map(|c| c.1),
-            damp: clear.map_or(0.0, |c| damp[c.2]),
-            refusal_unsafe: wilson(on_unsafe, n_unsafe),
-            refusal_safe: wilson(on_safe, n_safe),
-            gibberish,
-            chat_kl,
-            chosen: false,
-        });
-    };
-    for &threshold in &cuts {
-        offer(threshold, None);
-    }
-    for (d, _) in damp.iter().enumerate() {
-        let damped = Sums::new(&sorted, |c| c.clear[d]);
-        for (i, &clear) in cuts.iter().enumerate() {
-            for &threshold in &cuts[i..] {
-                offer(threshold, Some((clear.0, clear.1, d, &damped)));
+        for (d, _) in damped.iter().enumerate() {
+            for (i, &(at, clear)) in cuts.iter().enumerate() {
+                for &threshold in &cuts[i..] {
+                    offer(threshold, o, Some((at, clear, d)));
+                }
             }
         }
     }
     let mut front: Vec<Setting> = Vec::new();
-    for setting in fewest.into_iter().rev().flatten() {
+    for (_, setting) in fewest.into_iter().rev().flatten() {
         if front
             .last()
             .is_none_or(|s| setting.refusal_safe.value < s.refusal_safe.value)
@@ -393,9 +406,25 @@ mod tests {
             score,
             is_unsafe,
             base,
-            open,
+            open: vec![open],
             clear: vec![clear],
         }
+    }
+
+    fn config(clamp: &[f64], damp: &[f64], max_chat_kl: f64) -> CalibrateConfig {
+        CalibrateConfig {
+            clamp: clamp.to_vec(),
+            damp: damp.to_vec(),
+            max_chat_kl,
+            ..CalibrateConfig::default()
+        }
+    }
+
+    fn front(cases: Vec<Case>, chats: Vec<Chat>, max_chat_kl: f64) -> Vec<Setting> {
+        super::front(
+            &Measured { cases, chats },
+            &config(&[1.0], &[1.0], max_chat_kl),
+        )
     }
 
     /// The clamp refuses all, damping nothing; base refuses the safe one at 0.2 and the unsafe one at 0.4.
@@ -412,7 +441,7 @@ mod tests {
 
     #[test]
     fn three_zones_by_hand() {
-        let front = front(&cases(), &[], &[1.0], 0.0);
+        let front = front(cases(), vec![], 0.0);
         let found: Vec<(f64, f64)> = front
             .iter()
             .map(|s| (3.0 * s.refusal_unsafe.value, 3.0 * s.refusal_safe.value))
@@ -429,10 +458,42 @@ mod tests {
     }
 
     #[test]
+    fn the_weakest_clamp_that_refuses_as_many_is_kept() {
+        // Of the two unsafe ones the first clamp makes one be refused, the others both; the last
+        // changes a chat more than is allowed.
+        let under = |score, is_unsafe, open: [Verdict; 3]| Case {
+            open: open.to_vec(),
+            ..case(score, is_unsafe, Yes, Yes, Yes)
+        };
+        let measured = Measured {
+            cases: vec![
+                under(0.1, false, [No, No, No]),
+                under(0.2, true, [No, No, No]),
+                under(0.3, true, [Yes, No, No]),
+            ],
+            chats: vec![Chat {
+                score: 0.9,
+                open: vec![0.1, 0.2, 9.0],
+                clear: vec![0.0],
+            }],
+        };
+        let of = |clamp: &[f64], limit| -> Vec<(f64, f64)> {
+            let front = super::front(&measured, &config(clamp, &[1.0], limit));
+            front
+                .iter()
+                .map(|s| (2.0 * s.refusal_unsafe.value, s.clamp))
+                .collect()
+        };
+        assert_eq!(of(&[1.0, 2.0, 4.0], 0.5), [(2.0, 2.0)]);
+        assert_eq!(of(&[1.0, 2.0, 4.0], 0.1), [(1.0, 1.0)]);
+    }
+
+    #[test]
     fn if_none_reaches_the_aim_the_largest_difference_wins() {
         let setting = |on_unsafe, on_safe| Setting {
             threshold: 0.0,
             clear: None,
+            clamp: 1.0,
             damp: 0.0,
             refusal_unsafe: wilson(on_unsafe, 10),
             refusal_safe: wilson(on_safe, 10),
@@ -448,21 +509,21 @@ mod tests {
     fn what_changes_chats_too_much_is_left_out() {
         let chat = |score, open, clear| Chat {
             score,
-            open,
+            open: vec![open],
             clear: vec![clear],
         };
         // Damping changes the first chat by 0.2; the mean over both is 0.1.
-        let chats = [chat(0.05, 9.0, 0.2), chat(0.45, 9.0, 0.0)];
-        let all = front(&cases(), &chats, &[1.0], 0.1);
+        let chats = || vec![chat(0.05, 9.0, 0.2), chat(0.45, 9.0, 0.0)];
+        let all = front(cases(), chats(), 0.1);
         assert_eq!(all.len(), 1, "{all:?}");
         assert!((all[0].chat_kl - 0.1).abs() < 1e-9, "{all:?}");
         // Without damping, base's refusal of the safe one at 0.2 stays.
-        let strict = front(&cases(), &chats, &[1.0], 0.05);
+        let strict = front(cases(), chats(), 0.05);
         assert!(strict.iter().all(|s| s.clear.is_none_or(|c| c <= 0.1)));
         let pair = (strict[0].refusal_unsafe.value, strict[0].refusal_safe.value);
         assert!((pair.0 - 2.0 / 3.0).abs() < 1e-9 && (pair.1 - 1.0 / 3.0).abs() < 1e-9);
         // Nothing at all: what base does.
-        let none = front(&cases(), &chats, &[1.0], 0.0);
+        let none = front(cases(), chats(), 0.0);
         assert!(none.iter().all(|s| s.chat_kl == 0.0) && !none.is_empty());
     }
 

@@ -420,8 +420,10 @@ pub struct TuneConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CalibrateConfig {
-    /// How far the clamped latents are set to the other side where the gate is clear, times the clamp's
-    /// value, on the template's tokens and the first four of the reply; each is tried.
+    /// The clamp's values where the gate is open, times those that `tune` found strongest; each is tried.
+    pub clamp: Vec<f64>,
+    /// How far the clamped latents are set to the other side where the gate is clear, times the values that
+    /// `tune` found strongest, on the template's tokens and the first four of the reply; each is tried.
     pub damp: Vec<f64>,
     /// Refusal of unsafe prompts that is asked for; among the settings that reach it, the one that
     /// refuses fewest safe prompts wins.
@@ -642,6 +644,7 @@ impl Default for TuneConfig {
 impl Default for CalibrateConfig {
     fn default() -> Self {
         Self {
+            clamp: vec![1.0],
             damp: vec![0.25, 0.5, 1.0],
             aim_refusal_unsafe: 0.9,
             max_chat_kl: 0.1,

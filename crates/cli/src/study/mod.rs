@@ -169,7 +169,13 @@ fn plan(run: &mut run::Run, c: &StudyContext) -> Result<Planned> {
         let (prompts, trained) = train_gate(run, c, &working.sae, &working.sha256)?;
         if c.study.wants_calibration() {
             let cfg = &c.study.calibrate;
-            let inputs = (&cfg.damp, cfg.max_new_tokens, cfg.prompts, &clamp);
+            let inputs = (
+                &cfg.clamp,
+                &cfg.damp,
+                cfg.max_new_tokens,
+                cfg.prompts,
+                &clamp,
+            );
             let measured = run.stage("calibrate", &inputs, |scratch| {
                 calibrate::measure(c, &working, (&prompts, &trained), &tuned, scratch)
             })?;
@@ -509,7 +515,10 @@ pub fn dry_run(study: &Study, runs: &Path) -> Result<()> {
         (
             "calibrate",
             match study.wants_calibration() {
-                true => format!("damping {:?}", study.calibrate.damp),
+                true => format!(
+                    "clamp {:?}, damping {:?}",
+                    study.calibrate.clamp, study.calibrate.damp
+                ),
                 false => "none: no arm damps".to_owned(),
             },
         ),

@@ -119,7 +119,7 @@ fn resumed_from_every_half_way_state() {
             remove("harvest.json");
             remove("harvest/texts.jsonl");
             cut("harvest/on_policy.jsonl", 0.4);
-            cut("harvest/held_out.jsonl", 0.4);
+            cut("harvest/replies.jsonl", 0.4);
         }),
         ("a folder that is gone", &|| remove("train")),
     ];

@@ -1,22 +1,23 @@
-//! A linear layer and its transpose in f32, whatever its weights are kept in: what a gradient needs.
+//! A linear layer and its transpose in f32, whatever its weights are kept in: the reference, and what a
+//! gradient needs.
 //!
 //! `y = x Wᵀ + bias` and, of the output's gradient, `dx += dy W`. A task owns 32 outputs of all rows. It
 //! goes through the inner dimension in parts: the weights of a part are widened into a buffer that stays
-//! in the cache, the outputs side by side, and for six rows at a time the sums of 16 outputs are added up
-//! in registers. The order is fixed, so neither the number of threads nor the rows beside it change a
-//! bit of a row.
+//! in the cache, the outputs side by side, and for six rows at a time the sums of its outputs are added up
+//! in registers: of all 32 where registers are 512 bits wide, else of 16. The order is fixed, so neither the
+//! number of threads nor the rows beside it change a bit of a row.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::{Linear, Weights, widen_f16};
 use crate::dispatch::{Isa, isa};
-use crate::packed::{BLOCK, PANEL};
+use crate::packed::{BLOCK, PANEL, Shared};
 use crate::pool;
 
 /// Outputs of a task.
 const WIDTH: usize = BLOCK;
-/// Outputs that are summed together, half of a task's, for this many rows.
+/// Outputs in a register or two, half of a task's, and the rows that are summed together.
 const LANES: usize = PANEL;
 const ROWS: usize = 6;
 /// Values of the inner dimension that are widened at once, whole blocks of them: 64 KiB.
@@ -26,7 +27,8 @@ const INNER: usize = 512;
 type Sums = [[f32; LANES]; ROWS];
 
 thread_local! {
-    static WIDENED: RefCell<Vec<f32>> = RefCell::default();
+    /// Widened weights and sums of a task.
+    static BUFFERS: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
 }
 
 impl Linear {
@@ -39,14 +41,14 @@ impl Linear {
     /// # Panics
     /// If a slice has another length.
     pub fn forward_exact(&self, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
-        let Some(packed) = self.packed() else {
+        let (Weights::Packed(packed) | Weights::Exact(packed)) = &self.weights else {
             return self.forward(x, n, bias, y);
         };
         let (k, m) = (self.in_features, self.out_features);
         assert_eq!(x.len(), n * k, "x is [n, in_features]");
         assert_eq!(y.len(), n * m, "y is [n, out_features]");
         assert!(bias.is_none_or(|b| b.len() == m), "bias is [out_features]");
-        let sums = products(x, n, m, |outputs, inner, out| {
+        let widen = |outputs: Range<usize>, inner: Range<usize>, out: &mut [f32]| {
             let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
             let blocks = inner.start / BLOCK..inner.end / BLOCK;
             for (out, block) in out.chunks_exact_mut(BLOCK * WIDTH).zip(blocks) {
@@ -54,8 +56,8 @@ impl Linear {
                     packed.columns(panel, block, &mut out[at * PANEL..]);
                 }
             }
-        });
-        each_output(&sums, n, m, y, |y, o, sum| {
+        };
+        products(x, n, widen, y, |y, o, sum| {
             *y = sum + bias.map_or(0.0, |b| b[o]);
         });
     }
@@ -72,8 +74,8 @@ impl Linear {
         let (k, m) = (self.in_features, self.out_features);
         assert_eq!(dy.len(), n * m, "dy is [n, out_features]");
         assert_eq!(dx.len(), n * k, "dx is [n, in_features]");
-        let sums = products(dy, n, k, |columns, rows, out| self.rows(rows, columns, out));
-        each_output(&sums, n, k, dx, |dx, _, sum| *dx += sum);
+        let widen = |columns, rows, out: &mut [f32]| self.rows(rows, columns, out);
+        products(dy, n, widen, dx, |dx, _, sum| *dx += sum);
     }
 
     /// Writes `rows` of a task's `columns` to `out`, `[INNER, WIDTH]`.
@@ -98,7 +100,7 @@ impl Linear {
             Weights::Bf16(w) => each(w, k, rows, columns, out, |w| {
                 f32::from_bits(u32::from(w) << 16)
             }),
-            Weights::Packed(p) => {
+            Weights::Packed(p) | Weights::Exact(p) => {
                 let panels = rows.start / PANEL..rows.end.div_ceil(PANEL);
                 for (out, panel) in out.chunks_mut(PANEL * WIDTH).zip(panels) {
                     p.rows(panel, columns.start / BLOCK, out);
@@ -108,29 +110,30 @@ impl Linear {
     }
 }
 
-/// `sums = a w` with `a` `[n, inner]` and the weights `w` `[inner, outputs]`, of which `widen` writes a
-/// task's outputs and a part of the inner dimension, `[INNER, WIDTH]`; what it leaves does not count.
-///
-/// # Shapes
-/// The result is `[tasks, n, WIDTH]`; see [`each_output`].
+/// Calls `finish` with each value of `y`, `[n, outputs]`, its output and its sum in `a w`: `a` is `[n, inner]`,
+/// and of the weights `w`, `[inner, outputs]`, `widen` writes a task's outputs and a part of the inner
+/// dimension, `[INNER, WIDTH]`; what it leaves does not count.
 fn products(
     a: &[f32],
     n: usize,
-    outputs: usize,
     widen: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
-) -> Vec<f32> {
+    y: &mut [f32],
+    finish: impl Fn(&mut f32, usize, f32) + Sync,
+) {
     if n == 0 {
-        return Vec::new();
+        return;
     }
-    let inner = a.len() / n;
-    let mut sums = vec![0.0; outputs.div_ceil(WIDTH) * n * WIDTH];
-    pool::for_each_row(&mut sums, n * WIDTH, |task, sums| {
-        let outputs = task * WIDTH..outputs.min((task + 1) * WIDTH);
-        WIDENED.with_borrow_mut(|w| {
+    let (inner, outputs) = (a.len() / n, y.len() / n);
+    let y = Shared::new(y);
+    pool::for_each(outputs.div_ceil(WIDTH), |task| {
+        let of = task * WIDTH..outputs.min((task + 1) * WIDTH);
+        BUFFERS.with_borrow_mut(|(w, sums)| {
+            w.resize(INNER * WIDTH, 0.0);
+            sums.clear();
+            sums.resize(n * WIDTH, 0.0);
             for from in (0..inner).step_by(INNER) {
                 let part = from..inner.min(from + INNER);
-                w.resize(INNER * WIDTH, 0.0);
-                widen(outputs.clone(), part.clone(), w);
+                widen(of.clone(), part.clone(), w);
                 let w = &w[..part.len() * WIDTH];
                 for (tile, sums) in sums.chunks_mut(ROWS * WIDTH).enumerate() {
                     let rows = sums.len() / WIDTH;
@@ -139,68 +142,93 @@ fn products(
                         let row = tile * ROWS + t.min(rows - 1);
                         &a[row * inner..][part.clone()]
                     });
-                    for lanes in [0, LANES] {
-                        let mut tile = Sums::default();
-                        for (tile, sums) in tile.iter_mut().zip(sums.chunks_exact(WIDTH)) {
-                            tile.copy_from_slice(&sums[lanes..lanes + LANES]);
-                        }
-                        add_products(a, &w[lanes..], &mut tile);
-                        for (tile, sums) in tile.iter().zip(sums.chunks_exact_mut(WIDTH)) {
-                            sums[lanes..lanes + LANES].copy_from_slice(tile);
-                        }
-                    }
+                    add_products(a, w, sums);
+                }
+            }
+            for (t, sums) in sums.chunks_exact(WIDTH).enumerate() {
+                // SAFETY: in bounds as `t < n`; the columns are this task's.
+                let y = unsafe { y.part(t * outputs + of.start, of.len()) };
+                for ((y, o), sum) in y.iter_mut().zip(of.clone()).zip(sums) {
+                    finish(y, o, *sum);
                 }
             }
         });
     });
-    sums
 }
 
-/// Calls `f` with each value of `y`, `[n, outputs]`, its output and its sum.
-fn each_output(
-    sums: &[f32],
-    n: usize,
-    outputs: usize,
-    y: &mut [f32],
-    f: impl Fn(&mut f32, usize, f32),
-) {
-    for (t, y) in y.chunks_exact_mut(outputs.max(1)).enumerate() {
-        for (task, y) in y.chunks_mut(WIDTH).enumerate() {
-            let sums = &sums[(task * n + t) * WIDTH..];
-            for (at, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
-                f(y, task * WIDTH + at, *sum);
-            }
-        }
-    }
-}
-
-/// `sums[t] += sum_i a[t][i] w[i]`, with the `i`-th weights at `w[i * WIDTH ..]`.
-fn add_products(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+/// `sums[t] += sum_i a[t][i] w[i]` for the rows that `sums`, `[_, WIDTH]`, has, with the `i`-th weights at
+/// `w[i * WIDTH ..]`.
+fn add_products(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx512 {
         // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
         return unsafe { add_products_avx512(a, w, sums) };
-    } else if isa() >= Isa::Avx2 {
-        // SAFETY: as above.
-        return unsafe { add_products_avx2(a, w, sums) };
     }
-    add_products_body::<false>(a, w, sums);
+    for lanes in [0, LANES] {
+        let mut tile = Sums::default();
+        for (tile, sums) in tile.iter_mut().zip(sums.chunks_exact(WIDTH)) {
+            tile.copy_from_slice(&sums[lanes..lanes + LANES]);
+        }
+        add_half(a, &w[lanes..], &mut tile);
+        for (tile, sums) in tile.iter().zip(sums.chunks_exact_mut(WIDTH)) {
+            sums[lanes..lanes + LANES].copy_from_slice(tile);
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn add_products_avx512(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
-    add_products_body::<true>(a, w, sums);
+#[target_feature(enable = "avx512f")]
+fn add_products_avx512(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
+    use std::arch::x86_64::{
+        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
+    let n = a[0].len();
+    let a = a.map(|a| &a[..n]);
+    let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+    let halves = |row: &[f32]| -> [__m512; 2] {
+        let (row, _) = row.as_chunks::<LANES>();
+        // SAFETY: a chunk is a register's 16 values.
+        std::array::from_fn(|half| unsafe { _mm512_loadu_ps(row[half].as_ptr()) })
+    };
+    for (acc, sums) in acc.iter_mut().zip(sums.chunks_exact(WIDTH)) {
+        *acc = halves(sums);
+    }
+    for (i, w) in (0..n).zip(w.chunks_exact(WIDTH)) {
+        let w = halves(w);
+        for t in 0..ROWS {
+            let a = _mm512_set1_ps(a[t][i]);
+            for half in 0..2 {
+                acc[t][half] = _mm512_fmadd_ps(a, w[half], acc[t][half]);
+            }
+        }
+    }
+    for (acc, sums) in acc.iter().zip(sums.chunks_exact_mut(WIDTH)) {
+        for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+            // SAFETY: a chunk is a register's 16 values.
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), *acc) };
+        }
+    }
+}
+
+/// The same for half of the outputs.
+fn add_half(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+    #[cfg(target_arch = "x86_64")]
+    if isa() >= Isa::Avx2 {
+        // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
+        return unsafe { add_half_avx2(a, w, sums) };
+    }
+    add_half_body::<false>(a, w, sums);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn add_products_avx2(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
-    add_products_body::<true>(a, w, sums);
+fn add_half_avx2(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+    add_half_body::<true>(a, w, sums);
 }
 
 #[inline(always)]
-fn add_products_body<const FMA: bool>(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+fn add_half_body<const FMA: bool>(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
     // Fixed lengths only: these sums must stay in registers.
     let mut acc = *sums;
     let n = a[0].len();

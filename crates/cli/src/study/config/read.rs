@@ -242,6 +242,9 @@ impl Study {
             bail!("gate.wrapped: give a fraction between 0 and 1");
         }
         let k = &self.calibrate;
+        if k.clamp.is_empty() || !k.clamp.iter().all(|c| c.is_finite() && *c > 0.0) {
+            bail!("calibrate.clamp: give at least one finite factor, all above 0");
+        }
         if k.damp.is_empty() || !k.damp.iter().all(|d| d.is_finite() && *d >= 0.0) {
             bail!("calibrate.damp: give at least one finite factor, none negative");
         }
@@ -310,6 +313,7 @@ impl Study {
         }
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
+        only_once("calibrate.clamp", &self.calibrate.clamp)?;
         only_once("calibrate.damp", &self.calibrate.damp)?;
         only_once("discovery.methods", &self.discovery.methods)?;
         only_once("evaluate.arms", &self.evaluate.arms)?;
