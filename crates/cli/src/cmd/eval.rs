@@ -166,7 +166,7 @@ struct How {
     /// that has a file counts.
     #[arg(long, env = "DEMUR_DATA", default_value = "data", value_name = "DIR")]
     data: Vec<PathBuf>,
-    /// At most this many items of each suite; 0 takes all.
+    /// At most this many items of each suite; 0 takes all. A file of suites has limits of its own.
     #[arg(long, default_value_t = 0)]
     limit: usize,
     /// Which items a limit takes.

@@ -83,7 +83,7 @@ pub enum Precision {
     /// Weights as in the file, activations in int8 blocks for quantised ones.
     #[default]
     Fast,
-    /// Everything in f32: the reference, slow and large.
+    /// Products in f32, quantised weights dequantised as they are used: the reference, slower.
     F32,
 }
 
@@ -483,7 +483,7 @@ pub enum Arm {
     SystemPrompt,
     /// The strongest clamp where the trained gate is open.
     GatedClamp,
-    /// The same, and the latents are set to the other side where it is closed.
+    /// The same, as far as was calibrated, and the latents are set to the other side where it is clear.
     GatedClampDamped,
     /// The plan that demur ships for the default model, whatever this study found.
     DefaultPlan,

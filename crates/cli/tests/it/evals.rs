@@ -430,6 +430,7 @@ fn a_file_of_suites_has_prompts_of_its_own_and_wrappers() {
         hash("locks+encoding"),
         "the wrapper is asked"
     );
+    eval(&place, &["mine/suites.toml", "--limit", "1"]).refused(2, &["limits of its own"]);
     for (text, said) in [
         (
             "name = \"xstest\"\nprompts = \"asked.csv\"",

@@ -42,6 +42,14 @@ fn chosen(names: &[String], limit: usize) -> Result<Vec<Chosen>> {
     let mut all = Vec::new();
     for name in names {
         if name.ends_with(".toml") {
+            if limit != 0 {
+                bail!(
+                    anyhow::anyhow!(
+                        "{name} has limits of its own: write them there, without --limit"
+                    )
+                    .context(Usage)
+                );
+            }
             let text = std::fs::read_to_string(name).with_context(|| format!("read {name}"))?;
             let file: SuiteFile = toml::from_str(&text).with_context(|| format!("read {name}"))?;
             let beside = Path::new(name).parent().unwrap_or(Path::new(""));
