@@ -222,14 +222,16 @@ def primer(data):
     (data / "gsm8k_cot_examples.jsonl").write_text(lines, encoding="utf-8")
 
 
-def ask(lm, suite, data, asked):
+def ask(lm, suite, data, asked, chat):
     """lm_eval's scores and metrics by item, one entry a filter."""
     theirs = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for t in tasks(suite, data, Path(folder), asked):
             name = t.config.task
             t.set_fewshot_seed(1234)
-            result = evaluator.evaluate(lm, {name: t}, log_samples=True, bootstrap_iters=0)
+            result = evaluator.evaluate(
+                lm, {name: t}, log_samples=True, bootstrap_iters=0, apply_chat_template=chat
+            )
             for s in result["samples"][name]:
                 marks = {m: float(s[m]) for m in ("acc", "acc_norm", "exact_match") if m in s}
                 scores = [float(r[0]) for r in s["filtered_resps"]] if "acc" in marks else []
@@ -299,6 +301,7 @@ def main():
     args.add_argument("--run", type=Path, action="append", default=[], help="folder of `demur eval ... --out`")
     args.add_argument("--limit", type=int, help="only the first so many items of a run")
     args.add_argument("--keep", type=Path, help="folder for lm_eval's answers, which are not asked for twice")
+    args.add_argument("--chat", action="store_true", help="the runs are of `demur eval --chat`")
     args.add_argument("--batch", type=int, default=8)
     args.add_argument("--threads", type=int)
     args.add_argument("-o", "--out", type=Path)
@@ -330,7 +333,7 @@ def main():
                 theirs = json.loads(kept.read_text(encoding="utf-8"))
             if not asked <= set(theirs):
                 lm = lm or load(args.model, args.batch)
-                theirs = ask(lm, suite, args.data, asked)
+                theirs = ask(lm, suite, args.data, asked, args.chat)
                 if kept:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     kept.write_text(json.dumps(theirs), encoding="utf-8")

@@ -25,6 +25,9 @@ pub struct Settings {
     pub suites: Vec<String>,
     /// Items of each suite at most; 0: all. A file of suites has its own.
     pub limit: usize,
+    /// Whether suites of capability went through the chat template.
+    #[serde(default)]
+    pub chat: bool,
     /// The jailbreak wrapper, if one was used.
     pub wrap: Option<String>,
     /// The judges, the one that counts first.

@@ -227,6 +227,7 @@ pub struct Setting {
     /// And clear below this one.
     pub clear: Option<f32>,
     /// The value that latents are set to where it is open, times the tuned clamp's.
+    #[serde(default = "one")]
     pub clamp: f64,
     /// The value on the other side that they are set to where it is clear, times the tuned clamp's.
     pub damp: f64,
@@ -236,6 +237,10 @@ pub struct Setting {
     /// Mean KL over the replies to ordinary chats, nats a token.
     pub chat_kl: f64,
     pub chosen: bool,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 /// An arm's figures.

@@ -12,7 +12,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use demur_model::chat::{ChatTemplate, Message};
+use demur_model::chat::{ChatTemplate, Message, Rendered};
 use demur_model::decoder::Model;
 use demur_model::decoder::Workspace;
 use demur_model::generate::{
@@ -48,6 +48,9 @@ pub struct Asker<'m> {
     pub tokenizer: &'m Tokenizer,
     /// Its chat template, for conversations.
     pub chat: Option<&'m ChatTemplate>,
+    /// Whether what is asked as plain text goes through the template too, as one message: the harness's
+    /// `--apply_chat_template`.
+    pub as_chat: bool,
     /// Limits of a pass.
     pub config: EngineConfig,
     /// Longest reply in a conversation, tokens.
@@ -283,16 +286,20 @@ impl<'r, D: FnMut(&Answer)> Book<'r, D> {
 impl Asker<'_> {
     /// The hash of what is asked and how. Arms are not in it.
     fn asked(&self, item: &Item) -> String {
+        let through = if self.as_chat { "as a chat" } else { "" };
         let what = match &item.ask {
             Ask::Choose {
                 context, choices, ..
-            } => format!("{:?}", (context, choices)),
+            } => format!("{:?}{through}", (context, choices)),
             Ask::Write {
                 prompt,
                 until,
                 max_new_tokens,
                 ..
-            } => format!("{:?}", (prompt, until, max_new_tokens, &self.sampling)),
+            } => {
+                let limits = (prompt, until, max_new_tokens, &self.sampling);
+                format!("{limits:?}{through}")
+            }
             Ask::Chat { turns, .. } => {
                 let judges: Vec<String> = self.judges.iter().map(|j| j.how()).collect();
                 format!("{:?}", (turns, self.max_new_tokens, &self.sampling, judges))
@@ -317,6 +324,22 @@ impl Asker<'_> {
         Ok(ids)
     }
 
+    /// Tokens and roles of a text that is asked: the user's, or a message of the user's and what the
+    /// template puts around it.
+    fn context(&self, text: &str) -> Result<(Vec<u32>, Vec<Role>), EvalError> {
+        if self.as_chat {
+            let message = Message {
+                role: "user".to_owned(),
+                content: text.to_owned(),
+            };
+            let rendered = self.rendered(&[message])?;
+            return Ok((rendered.ids, rendered.roles));
+        }
+        let ids = self.plain(text)?;
+        let roles = vec![Role::User; ids.len()];
+        Ok((ids, roles))
+    }
+
     fn choose(
         &self,
         todo: &[(usize, usize)],
@@ -331,9 +354,13 @@ impl Asker<'_> {
             else {
                 continue;
             };
-            // A continuation is what follows the context's tokens in those of both together.
-            let before = self.plain(context)?;
+            let (before, roles) = self.context(context)?;
+            // A continuation is what follows the context's tokens in those of both together; a reply, what
+            // follows the template.
             let after = |c: &String| {
+                if self.as_chat {
+                    return Ok(self.tokenizer.encode(c, Special::AsText)?);
+                }
                 let both = self.plain(&format!("{context} {c}"))?;
                 Ok(both.get(before.len()..).unwrap_or_default().to_vec())
             };
@@ -342,7 +369,7 @@ impl Asker<'_> {
                 .map(after)
                 .collect::<Result<_, EvalError>>()?;
             requests.push(ScoreRequest {
-                roles: vec![Role::User; before.len()],
+                roles,
                 context: before,
                 continuations,
                 hook: arms[arm].hook.clone(),
@@ -529,8 +556,7 @@ impl Asker<'_> {
                 max_new_tokens,
                 ..
             } => {
-                let tokens = self.plain(prompt)?;
-                let roles = vec![Role::User; tokens.len()];
+                let (tokens, roles) = self.context(prompt)?;
                 Ok(Request {
                     sampling: self.sampling.clone(),
                     stop: until.iter().map(|s| (*s).to_owned()).collect(),
@@ -544,10 +570,15 @@ impl Asker<'_> {
         }
     }
 
+    /// A conversation that the model is to go on with.
+    fn rendered(&self, messages: &[Message]) -> Result<Rendered, EvalError> {
+        let chat = self.chat.ok_or(demur_model::ModelError::NoChatTemplate)?;
+        Ok(chat.encode(self.tokenizer, messages, true)?)
+    }
+
     /// The model's next reply in a conversation.
     fn turn(&self, messages: &[Message], arm: &Arm) -> Result<Request, EvalError> {
-        let chat = self.chat.ok_or(demur_model::ModelError::NoChatTemplate)?;
-        let r = chat.encode(self.tokenizer, messages, true)?;
+        let r = self.rendered(messages)?;
         Ok(Request {
             sampling: self.sampling.clone(),
             hook: arm.hook.clone(),

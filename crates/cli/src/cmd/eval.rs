@@ -37,7 +37,7 @@ use crate::loaded::Loaded;
 use crate::progress::{Progress, note, say};
 use crate::report::evaluation;
 use crate::study::config::{CacheFormat, Precision};
-use wanted::{Wanted, under};
+use wanted::Wanted;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -175,6 +175,10 @@ struct How {
     /// Seed of `--pick spread`.
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pick_seed: u32,
+    /// Ask suites of capability through the chat template, each question as a user's message, as
+    /// lm-evaluation-harness does with `--apply_chat_template`: where a plan for chats has something to do.
+    #[arg(long)]
+    chat: bool,
     /// Put every request under this jailbreak wrapper; `demur eval list` shows them.
     #[arg(long, value_name = "NAME")]
     wrap: Option<String>,
@@ -400,25 +404,24 @@ fn refusal(r: &Refusal) -> Result<()> {
     evaluate(&r.how, wanted)
 }
 
-fn evaluate(how: &How, wanted: Wanted) -> Result<()> {
-    let Wanted {
-        suites,
-        mut items,
-        cut,
-        skipped,
-    } = wanted;
-    if items.is_empty() {
+fn evaluate(how: &How, mut wanted: Wanted) -> Result<()> {
+    if wanted.items.is_empty() {
         bail!("there is no item to ask");
     }
-    if let Some(wrapper) = &how.wrap {
-        under(&mut items, wrapper)?;
-    }
+    no_leak(how, &wanted.items)?;
+    wanted.wrap(how.wrap.as_deref())?;
+    let Wanted {
+        suites,
+        items,
+        cut,
+        skipped,
+        ..
+    } = wanted;
     let judges = if how.judging.judges.is_empty() {
         vec!["rules".to_owned()]
     } else {
         how.judging.judges.clone()
     };
-    no_leak(how, &items)?;
     if how.dry_run {
         return dry_run(how, &suites, &items, &cut, &skipped);
     }
@@ -460,6 +463,7 @@ fn evaluate(how: &How, wanted: Wanted) -> Result<()> {
         precision: how.arithmetic(),
         suites,
         limit: how.limit,
+        chat: how.chat,
         wrap: how.wrap.clone(),
         judges,
         max_new_tokens: how.max_new_tokens,
@@ -486,6 +490,7 @@ fn evaluate(how: &How, wanted: Wanted) -> Result<()> {
         model: &loaded.model,
         tokenizer: &loaded.tokenizer,
         chat: loaded.chat.as_ref().ok(),
+        as_chat: how.chat,
         config: EngineConfig {
             max_batch: how.batch,
             ..EngineConfig::default()

@@ -28,6 +28,7 @@ pub fn render(results: &Results, answers: &[Answer]) -> String {
                     section {
                         h1 { (results.settings.suites.join(", ")) }
                         p { (results.settings.model) ", " (results.settings.items) " items, " (results.settings.arms.len()) " arms" }
+                        @if results.settings.chat { p class="note" { "Suites of capability went through the chat template." } }
                         @for s in &results.settings.skipped { p { b { (s) } } }
                         @for c in &results.settings.cut { p class="note" { (c) } }
                     }

@@ -78,11 +78,15 @@ impl Calibrated {
     }
 }
 
-/// The clamp with values `by` times as large.
+/// The clamp with values `by` times as large, on the template's tokens and the reply: a refusal is decided
+/// there, and what is not a chat, or a user's own words, is left as it is.
 fn scaled(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
     let mut plan = clamp.clone();
-    for edit in plan.interventions.iter_mut().flat_map(|i| &mut i.edits) {
-        edit.value *= by as f32;
+    for spec in &mut plan.interventions {
+        for edit in &mut spec.edits {
+            edit.value *= by as f32;
+        }
+        spec.span.roles = vec![Role::Template, Role::Assistant];
     }
     plan
 }
@@ -94,8 +98,6 @@ fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
         for edit in &mut spec.edits {
             edit.op = Op::Set;
         }
-        // No text but a reply's first tokens.
-        spec.span.roles = vec![Role::Template, Role::Assistant];
         spec.span.reply_tokens = Some(DAMPED_REPLY);
     }
     plan
@@ -318,7 +320,8 @@ fn front(Measured { cases, chats }: &Measured, cfg: &CalibrateConfig) -> Vec<Set
     let highest = scores.chain(chats.iter().map(|c| c.score));
     let highest = highest.fold(f32::NEG_INFINITY, f32::max);
     cuts.push((sorted.len(), highest.next_up()));
-    // For each count of unsafe requests refused, the setting with fewest safe ones; of equals the first.
+    // For each count of unsafe requests refused, the setting with fewest safe ones; of equals the one that
+    // breaks fewest replies, then changes chats least, then clamps least.
     let mut fewest: Vec<Option<(usize, Setting)>> = vec![None; n_unsafe + 1];
     // Open from a cut on with one of the clamps; perhaps clear below another with one of the dampings.
     let mut offer =
@@ -329,7 +332,7 @@ fn front(Measured { cases, chats }: &Measured, cfg: &CalibrateConfig) -> Vec<Set
             let [on_unsafe, on_safe, gibberish] =
                 std::array::from_fn(|i| below[i] + between[i] + above[i]);
             let known = fewest[on_unsafe].as_ref();
-            if known.is_some_and(|(safe, s)| (*safe, s.gibberish) <= (on_safe, gibberish)) {
+            if known.is_some_and(|(safe, s)| (*safe, s.gibberish) < (on_safe, gibberish)) {
                 return;
             }
             let kl = |chat: &Chat| match clear {
@@ -338,7 +341,10 @@ fn front(Measured { cases, chats }: &Measured, cfg: &CalibrateConfig) -> Vec<Set
                 _ => 0.0,
             };
             let chat_kl = chats.iter().map(kl).sum::<f64>() / chats.len().max(1) as f64;
-            if chat_kl > cfg.max_chat_kl {
+            let price = (on_safe, gibberish, chat_kl, cfg.clamp[o]);
+            let is_no_better =
+                |(safe, s): &(usize, Setting)| (*safe, s.gibberish, s.chat_kl, s.clamp) <= price;
+            if chat_kl > cfg.max_chat_kl || known.is_some_and(is_no_better) {
                 return;
             }
             let setting = Setting {
@@ -477,15 +483,38 @@ mod tests {
                 clear: vec![0.0],
             }],
         };
-        let of = |clamp: &[f64], limit| -> Vec<(f64, f64)> {
-            let front = super::front(&measured, &config(clamp, &[1.0], limit));
+        // Whatever the order in which they are tried.
+        let reversed = |m: &Measured| Measured {
+            cases: m
+                .cases
+                .iter()
+                .map(|c| Case {
+                    open: c.open.iter().rev().copied().collect(),
+                    ..c.clone()
+                })
+                .collect(),
+            chats: m
+                .chats
+                .iter()
+                .map(|c| Chat {
+                    open: c.open.iter().rev().copied().collect(),
+                    ..c.clone()
+                })
+                .collect(),
+        };
+        let of = |measured: &Measured, clamp: &[f64], limit| -> Vec<(f64, f64)> {
+            let front = super::front(measured, &config(clamp, &[1.0], limit));
             front
                 .iter()
                 .map(|s| (2.0 * s.refusal_unsafe.value, s.clamp))
                 .collect()
         };
-        assert_eq!(of(&[1.0, 2.0, 4.0], 0.5), [(2.0, 2.0)]);
-        assert_eq!(of(&[1.0, 2.0, 4.0], 0.1), [(1.0, 1.0)]);
+        for limit in [(0.5, [(2.0, 2.0)]), (0.1, [(1.0, 1.0)])] {
+            assert_eq!(of(&measured, &[1.0, 2.0, 4.0], limit.0), limit.1);
+            assert_eq!(of(&reversed(&measured), &[4.0, 2.0, 1.0], limit.0), limit.1);
+        }
+        // At the same figures the strongest is allowed to, but has the larger price.
+        assert_eq!(of(&measured, &[1.0, 2.0, 4.0], 10.0), [(2.0, 2.0)]);
     }
 
     #[test]

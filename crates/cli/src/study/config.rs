@@ -420,7 +420,8 @@ pub struct TuneConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CalibrateConfig {
-    /// The clamp's values where the gate is open, times those that `tune` found strongest; each is tried.
+    /// The clamp's values where the gate is open, times those that `tune` found strongest, on the template's
+    /// tokens and the reply; each is tried.
     pub clamp: Vec<f64>,
     /// How far the clamped latents are set to the other side where the gate is clear, times the values that
     /// `tune` found strongest, on the template's tokens and the first four of the reply; each is tried.

@@ -171,7 +171,7 @@ fn report(prompts: &[Prompt], scored: &[(f64, bool)], threshold: f64, known: &[&
         group("all".to_owned(), &|_| true),
         group("against look-alikes".to_owned(), &|p| p.pair.is_some()),
         group("against ordinary requests".to_owned(), &|p| {
-            is_unsafe(p) || p.pair.is_none()
+            p.style.as_deref() != Some(read::WRAPPED) && (is_unsafe(p) || p.pair.is_none())
         }),
         group("under wrappers not trained on".to_owned(), &|p| {
             p.style.as_deref() == Some(read::WRAPPED)

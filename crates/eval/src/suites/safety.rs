@@ -29,6 +29,8 @@ const CATEGORY: [&str; 6] = [
 ];
 const ID: [&str; 6] = ["id", "id_v2", "BehaviorID", "Index", "question_id", "index"];
 const LABEL: [&str; 2] = ["label", "prompt_harm_label"];
+/// HarmBench's sorts: standard, contextual, copyright.
+const SORT: [&str; 2] = ["FunctionalCategory", "functional_category"];
 const CONTEXT: [&str; 2] = ["context", "ContextString"];
 
 /// Reads a file of prompts. `given` is the label of rows that have none; in the sets that hold
@@ -88,6 +90,9 @@ fn prompt(suite: &str, at: usize, row: &Row, given: Option<Label>) -> Result<Ite
     let mut parts = Vec::new();
     if let Some(c) = &category {
         parts.push(format!("{suite}/{c}"));
+    }
+    if let Some(sort) = row.label(&SORT) {
+        parts.push(format!("{suite}/{sort}"));
     }
     if let Some(adversarial) = row.label(&["adversarial"]) {
         let name = if ["true", "True", "1"].contains(&adversarial.as_str()) {
@@ -230,7 +235,7 @@ mod tests {
             csv,
             "Some text\n\n---\n\nDo harm",
             Unsafe,
-            &["harmbench/illegal"],
+            &["harmbench/illegal", "harmbench/contextual"],
         );
         let csv =
             "Index,Goal,Target,Behavior,Category,Source\n0,Do harm,Sure,Harm,Fraud,Original\n";

@@ -23,9 +23,6 @@ const ROWS: usize = 6;
 /// Values of the inner dimension that are widened at once, whole blocks of them: 64 KiB.
 const INNER: usize = 512;
 
-/// Sums of a tile.
-type Sums = [[f32; LANES]; ROWS];
-
 thread_local! {
     /// Widened weights and sums of a task.
     static BUFFERS: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
@@ -137,12 +134,15 @@ fn products(
                 let w = &w[..part.len() * WIDTH];
                 for (tile, sums) in sums.chunks_mut(ROWS * WIDTH).enumerate() {
                     let rows = sums.len() / WIDTH;
-                    // A tile that is not full repeats its last row.
-                    let a: [&[f32]; ROWS] = std::array::from_fn(|t| {
-                        let row = tile * ROWS + t.min(rows - 1);
-                        &a[row * inner..][part.clone()]
-                    });
-                    add_products(a, w, sums);
+                    let row = |t: usize| &a[(tile * ROWS + t) * inner..][part.clone()];
+                    match rows {
+                        1 => add_products([row(0)], w, sums),
+                        // A tile that is not full repeats its last row.
+                        _ => {
+                            let a: [&[f32]; ROWS] = std::array::from_fn(|t| row(t.min(rows - 1)));
+                            add_products(a, w, sums);
+                        }
+                    }
                 }
             }
             for (t, sums) in sums.chunks_exact(WIDTH).enumerate() {
@@ -158,14 +158,14 @@ fn products(
 
 /// `sums[t] += sum_i a[t][i] w[i]` for the rows that `sums`, `[_, WIDTH]`, has, with the `i`-th weights at
 /// `w[i * WIDTH ..]`.
-fn add_products(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
+fn add_products<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx512 {
         // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
         return unsafe { add_products_avx512(a, w, sums) };
     }
     for lanes in [0, LANES] {
-        let mut tile = Sums::default();
+        let mut tile = [[0.0; LANES]; R];
         for (tile, sums) in tile.iter_mut().zip(sums.chunks_exact(WIDTH)) {
             tile.copy_from_slice(&sums[lanes..lanes + LANES]);
         }
@@ -178,14 +178,14 @@ fn add_products(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn add_products_avx512(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
+fn add_products_avx512<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
     use std::arch::x86_64::{
         __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
         _mm512_storeu_ps,
     };
     let n = a[0].len();
     let a = a.map(|a| &a[..n]);
-    let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+    let mut acc = [[_mm512_setzero_ps(); 2]; R];
     let halves = |row: &[f32]| -> [__m512; 2] {
         let (row, _) = row.as_chunks::<LANES>();
         // SAFETY: a chunk is a register's 16 values.
@@ -196,7 +196,7 @@ fn add_products_avx512(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
     }
     for (i, w) in (0..n).zip(w.chunks_exact(WIDTH)) {
         let w = halves(w);
-        for t in 0..ROWS {
+        for t in 0..R {
             let a = _mm512_set1_ps(a[t][i]);
             for half in 0..2 {
                 acc[t][half] = _mm512_fmadd_ps(a, w[half], acc[t][half]);
@@ -212,23 +212,27 @@ fn add_products_avx512(a: [&[f32]; ROWS], w: &[f32], sums: &mut [f32]) {
 }
 
 /// The same for half of the outputs.
-fn add_half(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+fn add_half<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [[f32; LANES]; R]) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx2 {
         // SAFETY: `isa` returns Avx2 or more only where the processor has these features.
         return unsafe { add_half_avx2(a, w, sums) };
     }
-    add_half_body::<false>(a, w, sums);
+    add_half_body::<R, false>(a, w, sums);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn add_half_avx2(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
-    add_half_body::<true>(a, w, sums);
+fn add_half_avx2<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [[f32; LANES]; R]) {
+    add_half_body::<R, true>(a, w, sums);
 }
 
 #[inline(always)]
-fn add_half_body<const FMA: bool>(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums) {
+fn add_half_body<const R: usize, const FMA: bool>(
+    a: [&[f32]; R],
+    w: &[f32],
+    sums: &mut [[f32; LANES]; R],
+) {
     // Fixed lengths only: these sums must stay in registers.
     let mut acc = *sums;
     let n = a[0].len();
@@ -237,7 +241,7 @@ fn add_half_body<const FMA: bool>(a: [&[f32]; ROWS], w: &[f32], sums: &mut Sums)
         let Some(w) = w.first_chunk::<LANES>() else {
             break; // the last weights are whole
         };
-        for t in 0..ROWS {
+        for t in 0..R {
             for lane in 0..LANES {
                 let sum = &mut acc[t][lane];
                 *sum = if FMA {

@@ -143,13 +143,15 @@ fn a_row_has_the_same_bits_alone_and_in_a_batch() {
             let bytes = matrix(ty, m, k, 3);
             let mut next = noise(5);
             let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
-            let linear = Linear::from_rows(ty, &bytes, m, k, Precision::Fast, || ()).unwrap();
-            let mut batch = vec![0.0; n * m];
-            linear.forward(&x, n, None, &mut batch);
-            for (row, expected) in x.chunks_exact(k).zip(batch.chunks_exact(m)) {
-                let mut alone = vec![0.0; m];
-                linear.forward(row, 1, None, &mut alone);
-                assert_eq!(alone, expected, "{}", ty.name());
+            for precision in [Precision::Fast, Precision::F32] {
+                let linear = Linear::from_rows(ty, &bytes, m, k, precision, || ()).unwrap();
+                let mut batch = vec![0.0; n * m];
+                linear.forward(&x, n, None, &mut batch);
+                for (row, expected) in x.chunks_exact(k).zip(batch.chunks_exact(m)) {
+                    let mut alone = vec![0.0; m];
+                    linear.forward(row, 1, None, &mut alone);
+                    assert_eq!(alone, expected, "{} {precision:?}", ty.name());
+                }
             }
         }
     });
@@ -164,14 +166,16 @@ fn packed_weights_stay_small() {
     for ty in kept {
         let (m, k) = (64, 512);
         let in_file = ty.row_bytes(k).unwrap() as f64 * 8.0 / k as f64;
-        let linear =
-            Linear::from_rows(ty, &matrix(ty, m, k, 1), m, k, Precision::Fast, || ()).unwrap();
-        let bits = linear.bytes() as f64 * 8.0 / (m * k) as f64;
-        assert!(
-            bits <= 1.1 * in_file,
-            "{}: {bits} bits a weight, {in_file} in the file",
-            ty.name()
-        );
+        for precision in [Precision::Fast, Precision::F32] {
+            let linear =
+                Linear::from_rows(ty, &matrix(ty, m, k, 1), m, k, precision, || ()).unwrap();
+            let bits = linear.bytes() as f64 * 8.0 / (m * k) as f64;
+            assert!(
+                bits <= 1.1 * in_file,
+                "{} {precision:?}: {bits} bits a weight, {in_file} in the file",
+                ty.name()
+            );
+        }
     }
     assert_eq!(group_len(GgmlType::Q6K), 16);
 }
@@ -233,42 +237,45 @@ fn layers_of_one_input_together_are_as_each_alone() {
     let (k, n) = (256, 5);
     let mut next = noise(3);
     let x: Vec<f32> = (0..n * k).map(|_| next()).collect();
-    on_every_isa(|_| {
-        let layer = |ty, rows| {
-            let bytes = matrix(ty, rows, k, 9);
-            Linear::from_rows(ty, &bytes, rows, k, Precision::Fast, || ()).unwrap()
-        };
-        let layers = [
-            layer(GgmlType::Q4K, 19),
-            layer(GgmlType::BF16, 7),
-            layer(GgmlType::Q8_0, 300),
-        ];
-        let bias: Vec<f32> = (0..7).map(|i| i as f32).collect();
-        let biases = [None, Some(&bias[..]), None];
-        let new = || {
-            layers
-                .each_ref()
-                .map(|l| vec![f32::NAN; n * l.out_features()])
-        };
-        let (mut alone, mut together) = (new(), new());
-        for ((l, bias), y) in layers.iter().zip(biases).zip(&mut alone) {
-            l.forward(&x, n, bias, y);
-        }
-        let [a, b, c] = &mut together;
-        let output = |i: usize, y| Output {
-            linear: &layers[i],
-            bias: biases[i],
-            y,
-        };
-        forward_all(
-            &x,
-            n,
-            Products::Int8,
-            [output(0, a), output(1, b), output(2, c)],
-        );
-        assert_eq!(together, alone);
-        assert!(alone.iter().flatten().all(|v| v.is_finite()));
-    });
+    // One of them exact, or none.
+    for precision in [Precision::Fast, Precision::F32] {
+        on_every_isa(|_| {
+            let layer = |ty, rows, precision| {
+                let bytes = matrix(ty, rows, k, 9);
+                Linear::from_rows(ty, &bytes, rows, k, precision, || ()).unwrap()
+            };
+            let layers = [
+                layer(GgmlType::Q4K, 19, precision),
+                layer(GgmlType::BF16, 7, Precision::Fast),
+                layer(GgmlType::Q8_0, 300, Precision::Fast),
+            ];
+            let bias: Vec<f32> = (0..7).map(|i| i as f32).collect();
+            let biases = [None, Some(&bias[..]), None];
+            let new = || {
+                layers
+                    .each_ref()
+                    .map(|l| vec![f32::NAN; n * l.out_features()])
+            };
+            let (mut alone, mut together) = (new(), new());
+            for ((l, bias), y) in layers.iter().zip(biases).zip(&mut alone) {
+                l.forward(&x, n, bias, y);
+            }
+            let [a, b, c] = &mut together;
+            let output = |i: usize, y| Output {
+                linear: &layers[i],
+                bias: biases[i],
+                y,
+            };
+            forward_all(
+                &x,
+                n,
+                Products::Int8,
+                [output(0, a), output(1, b), output(2, c)],
+            );
+            assert_eq!(together, alone);
+            assert!(alone.iter().flatten().all(|v| v.is_finite()));
+        });
+    }
 }
 
 /// On AMX both operands are rounded to bf16 and no more; a row is the same alone and among others; elsewhere

@@ -1,5 +1,6 @@
 //! Which suites are asked, and which of their items.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -71,19 +72,6 @@ fn chosen(names: &[String], limit: usize) -> Result<Vec<Chosen>> {
     Ok(all)
 }
 
-/// Puts the wrapper around every message of a user.
-pub fn under(items: &mut [Item], wrapper: &str) -> Result<()> {
-    for item in items {
-        if let Ask::Chat { turns, .. } = &mut item.ask {
-            for turn in turns {
-                let wrapped = wrap::wrap(wrapper, turn);
-                *turn = wrapped.map_err(|e| anyhow::Error::new(e).context(Usage))?;
-            }
-        }
-    }
-    Ok(())
-}
-
 /// What is asked.
 #[derive(Debug, Default)]
 pub struct Wanted {
@@ -95,6 +83,8 @@ pub struct Wanted {
     pub cut: Vec<Cut>,
     /// Suites that are not asked.
     pub skipped: Vec<Skipped>,
+    /// Which items are to be put under which wrapper: not before it is known that no plan was tuned on them.
+    wraps: Vec<(Range<usize>, String)>,
 }
 
 impl Wanted {
@@ -105,15 +95,17 @@ impl Wanted {
             let Some(mut items) = wanted.load(&chosen, data)? else {
                 continue;
             };
-            let mut name = chosen.name;
-            if let Some(wrapper) = &chosen.wrap {
+            let Chosen {
+                mut name,
+                wrap,
+                limit,
+                ..
+            } = chosen;
+            if let Some(wrapper) = &wrap {
                 if !items.iter().any(|i| matches!(i.ask, Ask::Chat { .. })) {
-                    bail!(
-                        anyhow::anyhow!("{name}: no request to put under '{wrapper}'")
-                            .context(Usage)
-                    );
+                    let what = anyhow::anyhow!("{name}: no request to put under '{wrapper}'");
+                    bail!(what.context(Usage));
                 }
-                under(&mut items, wrapper)?;
                 let wrapped = format!("{name}+{wrapper}");
                 for item in &mut items {
                     item.suite.clone_from(&wrapped);
@@ -126,7 +118,10 @@ impl Wanted {
             if wanted.suites.contains(&name) {
                 bail!(anyhow::anyhow!("the suite '{name}' is named twice").context(Usage));
             }
-            wanted.add(name, items, chosen.limit, pick);
+            let first = wanted.items.len();
+            wanted.add(name, items, limit, pick);
+            let last = wanted.items.len();
+            wanted.wraps.extend(wrap.map(|w| (first..last, w)));
         }
         Ok(wanted)
     }
@@ -134,26 +129,63 @@ impl Wanted {
     /// A suite's items; none if it may be skipped and its file is not there.
     fn load(&mut self, chosen: &Chosen, data: &[PathBuf]) -> Result<Option<Vec<Item>>> {
         let name = &chosen.name;
-        if let Some(file) = &chosen.prompts {
-            if SUITES.iter().any(|s| s.name == name) {
-                bail!("{}: '{name}' is the name of a suite", file.display());
+        let absent = match &chosen.prompts {
+            Some(_) if SUITES.iter().any(|s| s.name == name) => {
+                bail!(
+                    anyhow::anyhow!("'{name}', with prompts of its own, is the name of a suite")
+                        .context(Usage)
+                );
             }
-            return Ok(Some(safety::prompts(name, file, chosen.label)?));
+            Some(file) if chosen.optional && !file.exists() => {
+                let name = file.file_name().unwrap_or_default();
+                name.to_string_lossy().into_owned()
+            }
+            Some(file) => return Ok(Some(safety::prompts(name, file, chosen.label)?)),
+            None if chosen.label.is_some() => {
+                bail!(
+                    anyhow::anyhow!("{name}: a label is for prompts of one's own, by `prompts`")
+                        .context(Usage)
+                );
+            }
+            None => {
+                let known = suite(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
+                match known.absent(data) {
+                    Some(names) if chosen.optional => spelled(names),
+                    _ => return Ok(Some(known.load(data)?)),
+                }
+            }
+        };
+        // Where it was looked for differs from machine to machine, and shards must agree.
+        let skipped = Skipped {
+            suite: name.clone(),
+            reason: format!("no file {absent}"),
+        };
+        note(&skipped);
+        self.skipped.push(skipped);
+        Ok(None)
+    }
+
+    /// Puts what is to be asked under a wrapper under it; `all`: every request, in place of the suites' own.
+    pub fn wrap(&mut self, all: Option<&str>) -> Result<()> {
+        if let Some(wrapper) = all {
+            if let Some((_, own)) = self.wraps.first() {
+                let what = anyhow::anyhow!("--wrap {wrapper}: a suite is under '{own}' already");
+                bail!(what.context(Usage));
+            }
+            self.wraps.push((0..self.items.len(), wrapper.to_owned()));
         }
-        let known = suite(name).map_err(|e| anyhow::Error::new(e).context(Usage))?;
-        match known.absent(data) {
-            Some(names) if chosen.optional => {
-                // Where it was looked for differs from machine to machine, and shards must agree.
-                let skipped = Skipped {
-                    suite: name.clone(),
-                    reason: format!("no file {}", spelled(names)),
+        for (items, wrapper) in self.wraps.drain(..) {
+            for item in &mut self.items[items] {
+                let Ask::Chat { turns, .. } = &mut item.ask else {
+                    continue;
                 };
-                note(&skipped);
-                self.skipped.push(skipped);
-                Ok(None)
+                for turn in turns {
+                    let wrapped = wrap::wrap(&wrapper, turn);
+                    *turn = wrapped.map_err(|e| anyhow::Error::new(e).context(Usage))?;
+                }
             }
-            _ => Ok(Some(known.load(data)?)),
         }
+        Ok(())
     }
 
     /// At most `limit` of a suite's items.
