@@ -359,7 +359,12 @@ impl Asker<'_> {
             // follows the template.
             let after = |c: &String| {
                 if self.as_chat {
-                    return Ok(self.tokenizer.encode(c, Special::AsText)?);
+                    let mut reply = self.tokenizer.encode(c, Special::AsText)?;
+                    if reply.is_empty() {
+                        // TruthfulQA has such: the reply ends at once.
+                        reply.extend(self.tokenizer.eos_ids().first());
+                    }
+                    return Ok(reply);
                 }
                 let both = self.plain(&format!("{context} {c}"))?;
                 Ok(both.get(before.len()..).unwrap_or_default().to_vec())

@@ -103,9 +103,11 @@ pub fn run_study(study: Study, options: &Options) -> Result<Record> {
     let c = &context;
     let p = plan(&mut run, c)?;
     let chosen = p.calibrated.as_ref().map(|c| &c.chosen);
-    let evaluated = run.stage("evaluate", &(&c.study.evaluate, chosen), |scratch| {
-        evaluate::run(c, &p, scratch)
-    })?;
+    // Another demur may ship another plan.
+    let asks_shipped = c.study.evaluate.arms.contains(&config::Arm::DefaultPlan);
+    let shipped = asks_shipped.then(shipped::plan).transpose()?;
+    let inputs = (&c.study.evaluate, chosen, shipped.map(|p| p.sha256()));
+    let evaluated = run.stage("evaluate", &inputs, |scratch| evaluate::run(c, &p, scratch))?;
     let record = record::assemble(c, &run, &model_sha256, &p, &evaluated)?;
     record.write(&run.dir.join("record.json"))?;
     let html = crate::report::render(&record)?;
