@@ -36,7 +36,7 @@ pub const STAGES: [&str; 9] = [
 ];
 
 /// Raised when a stage's output changes for the same input within a version of demur.
-const STAGE_VERSION: u32 = 4;
+const STAGE_VERSION: u32 = 5;
 
 /// The file that a process locks while it works in the folder.
 const LOCK: &str = ".lock";
