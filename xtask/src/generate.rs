@@ -13,12 +13,12 @@ const PAGES: [(&str, [&str; 2]); 3] = [
 ];
 
 fn page(sh: &Shell, [command, what]: [&str; 2]) -> Result<String> {
+    // In release, as the studies after it need the binary: no second build of everything.
     sh.read(cargo([
         "run",
+        "--release",
         "--quiet",
         "--locked",
-        "--package",
-        "demur-cli",
         "--",
         command,
         what,
