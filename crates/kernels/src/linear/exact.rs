@@ -4,8 +4,9 @@
 //! `y = x Wᵀ + bias` and, of the output's gradient, `dx += dy W`. A task owns 32 outputs of all rows. It
 //! goes through the inner dimension in parts: the weights of a part are widened into a buffer that stays
 //! in the cache, the outputs side by side, and for six rows at a time the sums of its outputs are added up
-//! in registers: of all 32 where registers are 512 bits wide, else of 16. The order is fixed, so neither the
-//! number of threads nor the rows beside it change a bit of a row.
+//! in registers: of all 32 where registers are 512 bits wide, else of 16. A sum in a register is of 64 products,
+//! so that the rounding does not grow with the width of the layer. The order is fixed, so neither the number of
+//! threads nor the rows beside it change a bit of a row.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -22,6 +23,8 @@ const LANES: usize = PANEL;
 const ROWS: usize = 6;
 /// Values of the inner dimension that are widened at once, whole blocks of them: 64 KiB.
 const INNER: usize = 512;
+/// Products that are added up one after the other.
+const CHAIN: usize = 64;
 
 thread_local! {
     /// Widened weights and sums of a task.
@@ -138,10 +141,11 @@ fn products(
                     match rows {
                         1 => add_products([row(0)], w, sums),
                         // A tile that is not full repeats its last row.
-                        _ => {
-                            let a: [&[f32]; ROWS] = std::array::from_fn(|t| row(t.min(rows - 1)));
-                            add_products(a, w, sums);
-                        }
+                        _ => add_products::<ROWS>(
+                            std::array::from_fn(|t| row(t.min(rows - 1))),
+                            w,
+                            sums,
+                        ),
                     }
                 }
             }
@@ -159,28 +163,35 @@ fn products(
 /// `sums[t] += sum_i a[t][i] w[i]` for the rows that `sums`, `[_, WIDTH]`, has, with the `i`-th weights at
 /// `w[i * WIDTH ..]`.
 fn add_products<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
+    let n = a[0].len();
+    for (from, w) in (0..n).step_by(CHAIN).zip(w.chunks(CHAIN * WIDTH)) {
+        add_chain(a.map(|a| &a[from..n.min(from + CHAIN)]), w, sums);
+    }
+}
+
+/// The same, of at most `CHAIN` products a sum, added up before they are added to `sums`.
+fn add_chain<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if isa() >= Isa::Avx512 {
         // SAFETY: `isa` returns Avx512 or more only where the processor has these features.
-        return unsafe { add_products_avx512(a, w, sums) };
+        return unsafe { add_chain_avx512(a, w, sums) };
     }
     for lanes in [0, LANES] {
         let mut tile = [[0.0; LANES]; R];
-        for (tile, sums) in tile.iter_mut().zip(sums.chunks_exact(WIDTH)) {
-            tile.copy_from_slice(&sums[lanes..lanes + LANES]);
-        }
         add_half(a, &w[lanes..], &mut tile);
         for (tile, sums) in tile.iter().zip(sums.chunks_exact_mut(WIDTH)) {
-            sums[lanes..lanes + LANES].copy_from_slice(tile);
+            for (sum, more) in sums[lanes..].iter_mut().zip(tile) {
+                *sum += more;
+            }
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn add_products_avx512<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
+fn add_chain_avx512<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f32]) {
     use std::arch::x86_64::{
-        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        __m512, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
         _mm512_storeu_ps,
     };
     let n = a[0].len();
@@ -191,9 +202,6 @@ fn add_products_avx512<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f3
         // SAFETY: a chunk is a register's 16 values.
         std::array::from_fn(|half| unsafe { _mm512_loadu_ps(row[half].as_ptr()) })
     };
-    for (acc, sums) in acc.iter_mut().zip(sums.chunks_exact(WIDTH)) {
-        *acc = halves(sums);
-    }
     for (i, w) in (0..n).zip(w.chunks_exact(WIDTH)) {
         let w = halves(w);
         for t in 0..R {
@@ -204,9 +212,12 @@ fn add_products_avx512<const R: usize>(a: [&[f32]; R], w: &[f32], sums: &mut [f3
         }
     }
     for (acc, sums) in acc.iter().zip(sums.chunks_exact_mut(WIDTH)) {
-        for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+        let before = halves(sums);
+        let (sums, _) = sums.as_chunks_mut::<LANES>();
+        for half in 0..2 {
+            let sum = _mm512_add_ps(before[half], acc[half]);
             // SAFETY: a chunk is a register's 16 values.
-            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), *acc) };
+            unsafe { _mm512_storeu_ps(sums[half].as_mut_ptr(), sum) };
         }
     }
 }
