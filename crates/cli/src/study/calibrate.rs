@@ -467,54 +467,38 @@ mod tests {
     fn the_weakest_clamp_that_refuses_as_many_is_kept() {
         // Of the two unsafe ones the first clamp makes one be refused, the others both; the last
         // changes a chat more than is allowed.
-        let under = |score, is_unsafe, open: [Verdict; 3]| Case {
-            open: open.to_vec(),
-            ..case(score, is_unsafe, Yes, Yes, Yes)
+        // With the clamps in any order.
+        let measured = |order: [usize; 3]| {
+            let under = |score, is_unsafe, open: [Verdict; 3]| Case {
+                open: order.map(|o| open[o]).to_vec(),
+                ..case(score, is_unsafe, Yes, Yes, Yes)
+            };
+            Measured {
+                cases: vec![
+                    under(0.1, false, [No, No, No]),
+                    under(0.2, true, [No, No, No]),
+                    under(0.3, true, [Yes, No, No]),
+                ],
+                chats: vec![Chat {
+                    score: 0.9,
+                    open: order.map(|o| [0.1, 0.2, 9.0][o]).to_vec(),
+                    clear: vec![0.0],
+                }],
+            }
         };
-        let measured = Measured {
-            cases: vec![
-                under(0.1, false, [No, No, No]),
-                under(0.2, true, [No, No, No]),
-                under(0.3, true, [Yes, No, No]),
-            ],
-            chats: vec![Chat {
-                score: 0.9,
-                open: vec![0.1, 0.2, 9.0],
-                clear: vec![0.0],
-            }],
-        };
-        // Whatever the order in which they are tried.
-        let reversed = |m: &Measured| Measured {
-            cases: m
-                .cases
-                .iter()
-                .map(|c| Case {
-                    open: c.open.iter().rev().copied().collect(),
-                    ..c.clone()
-                })
-                .collect(),
-            chats: m
-                .chats
-                .iter()
-                .map(|c| Chat {
-                    open: c.open.iter().rev().copied().collect(),
-                    ..c.clone()
-                })
-                .collect(),
-        };
-        let of = |measured: &Measured, clamp: &[f64], limit| -> Vec<(f64, f64)> {
-            let front = super::front(measured, &config(clamp, &[1.0], limit));
-            front
-                .iter()
-                .map(|s| (2.0 * s.refusal_unsafe.value, s.clamp))
-                .collect()
-        };
-        for limit in [(0.5, [(2.0, 2.0)]), (0.1, [(1.0, 1.0)])] {
-            assert_eq!(of(&measured, &[1.0, 2.0, 4.0], limit.0), limit.1);
-            assert_eq!(of(&reversed(&measured), &[4.0, 2.0, 1.0], limit.0), limit.1);
+        for order in [[0, 1, 2], [2, 1, 0]] {
+            let clamp = order.map(|o| [1.0, 2.0, 4.0][o]);
+            let of = |limit| -> Vec<(f64, f64)> {
+                let front = super::front(&measured(order), &config(&clamp, &[1.0], limit));
+                let both = front.iter().map(|s| (s.refusal_unsafe.value, s.clamp));
+                both.map(|(refused, clamp)| (2.0 * refused, clamp))
+                    .collect()
+            };
+            assert_eq!(of(0.5), [(2.0, 2.0)]);
+            assert_eq!(of(0.1), [(1.0, 1.0)]);
+            // The strongest is allowed to, but changes chats more.
+            assert_eq!(of(10.0), [(2.0, 2.0)]);
         }
-        // At the same figures the strongest is allowed to, but has the larger price.
-        assert_eq!(of(&measured, &[1.0, 2.0, 4.0], 10.0), [(2.0, 2.0)]);
     }
 
     #[test]

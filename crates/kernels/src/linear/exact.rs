@@ -5,7 +5,7 @@
 //! goes through the inner dimension in parts: the weights of a part are widened into a buffer that stays
 //! in the cache, the outputs side by side, and for six rows at a time the sums of its outputs are added up
 //! in registers: of all 32 where registers are 512 bits wide, else of 16. A sum in a register is of 64 products,
-//! so that the rounding does not grow with the width of the layer. The order is fixed, so neither the number of
+//! so that the rounding grows little with the width of the layer. The order is fixed, so neither the number of
 //! threads nor the rows beside it change a bit of a row.
 
 use std::cell::RefCell;
