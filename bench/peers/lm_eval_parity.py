@@ -12,8 +12,8 @@ tasks are lm_eval's own YAML files; only the source of the rows is replaced, by 
 Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
 
 Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginnings that
-requests share, is computed once (`Packed`); the first 8 requests of a task are also computed lm_eval's
-own way, and must come out within 1e-3 nats.
+requests share, is computed once (`Packed`); the first 8 requests of a task, of the first four subjects of MMLU,
+are also computed lm_eval's own way, and must come out within 1e-3 nats.
 
 Wanted: the same choice on at least 99 % of 500 items a task, the same metric within 0.5 points.
 
@@ -143,6 +143,9 @@ class Packed(HFLM):
     """
 
     PASS = 512
+    CHECKED = 4
+
+    tasks = 0
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         groups = collections.defaultdict(list)
@@ -165,9 +168,11 @@ class Packed(HFLM):
                     self.score(pack, shared, cache, scores)
                     pack, size = [], 0
                     print(f"  {done + 1} of {len(contexts)} contexts", flush=True)
-        check = super()._loglikelihood_tokens(requests[:8], disable_tqdm=True)
-        off = max(abs(a[0] - b[0]) for a, b in zip(scores, check))
-        assert off < 1e-3, f"lm_eval itself differs by {off} nats"
+        if self.tasks < self.CHECKED:
+            self.tasks += 1
+            check = super()._loglikelihood_tokens(requests[:8], disable_tqdm=True)
+            off = max(abs(a[0] - b[0]) for a, b in zip(scores, check))
+            assert off < 1e-3, f"lm_eval itself differs by {off} nats"
         return scores
 
     def score(self, pack, shared, cache, scores):

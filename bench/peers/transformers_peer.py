@@ -56,6 +56,8 @@ def main():
     folder, name = os.path.split(os.path.abspath(a.model))
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype).eval()
+    if any(type(m).__name__ == "GgufLinear" for m in model.modules()):
+        raise SystemExit("transformers keeps the weights packed here: take the package `kernels` out")
     vocabulary = model.config.get_text_config().vocab_size
     figures = {k: [] for k in ["prefill_tok_s", "decode_tok_s", "decode16_tok_s", "harvest_tok_s"]}
     for repeat in range(REPEATS + 1):

@@ -50,8 +50,11 @@ pub enum EvalError {
         /// Those that there are.
         known: String,
     },
-    /// A wrapper of a file has no place for the request, or several.
-    #[error("{path}: the template of wrapper '{id}' needs {{request}} exactly once")]
+    /// A wrapper of a file has no place for the request, several, or an unknown disguise for it.
+    #[error(
+        "{path}: the template of wrapper '{id}' needs {{request}} exactly once, or {{request:NAME}} with one of {}",
+        crate::wrap::DISGUISES.map(|d| d.0).join(", ")
+    )]
     Wrapper {
         /// The file.
         path: String,

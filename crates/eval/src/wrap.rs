@@ -10,8 +10,31 @@ use crate::error::EvalError;
 use crate::files::open;
 use crate::prompts;
 
-/// Where a request stands in a [`Wrapper`].
-const REQUEST: &str = "{request}";
+/// Where a request stands in a [`Wrapper`] begins so; `}` ends it, or `:`, a name of [`DISGUISES`] and `}`.
+const REQUEST: &str = "{request";
+
+/// What a place in a [`Wrapper`] may make of the request.
+pub const DISGUISES: [(&str, fn(&str) -> String); 8] = [
+    ("base64", |r| base64(r.as_bytes())),
+    ("hex", |r| r.bytes().map(|b| format!("{b:02x}")).collect()),
+    ("rot13", |r| r.chars().map(rot13).collect()),
+    ("reversed", |r| r.chars().rev().collect()),
+    ("leet", |r| r.chars().map(leet).collect()),
+    ("spelled", |r| {
+        let words = r.split_whitespace();
+        let spelled = words.map(|w| w.chars().map(String::from).collect::<Vec<_>>().join("-"));
+        spelled.collect::<Vec<_>>().join(" ")
+    }),
+    ("lines", |r| {
+        let lines = pieces(r, 3).into_iter().enumerate();
+        let lines = lines.map(|(i, p)| format!("{}. {p}", i + 1));
+        lines.collect::<Vec<_>>().join("\n")
+    }),
+    ("fragments", |r| {
+        let quoted = pieces(r, 2).into_iter().map(|p| format!("\"{p}\""));
+        quoted.collect::<Vec<_>>().join(", ")
+    }),
+];
 
 /// Names and what they do.
 pub const WRAPPERS: [(&str, &str); 6] = [
@@ -56,12 +79,12 @@ pub fn wrap(name: &str, request: &str) -> Result<String, EvalError> {
             base64(request.as_bytes())
         ),
         "payload_splitting" => {
-            let words: Vec<&str> = request.split_whitespace().collect();
-            let size = words.len().div_ceil(4).max(1);
-            let pieces: Vec<String> = words
-                .chunks(size)
-                .enumerate()
-                .map(|(i, p)| format!("p{} = \"{}\"", i + 1, p.join(" ")))
+            let words = request.split_whitespace().count();
+            let pieces = pieces(request, words.div_ceil(4).max(1))
+                .into_iter()
+                .enumerate();
+            let pieces: Vec<String> = pieces
+                .map(|(i, p)| format!("p{} = \"{p}\"", i + 1))
                 .collect();
             let sum: Vec<String> = (1..=pieces.len()).map(|i| format!("p{i}")).collect();
             format!(
@@ -93,32 +116,74 @@ pub fn wrap(name: &str, request: &str) -> Result<String, EvalError> {
 pub struct Wrapper {
     /// Unique in its file.
     pub id: String,
-    /// The text, with `{request}` once.
+    /// The text, with `{request}` once, or disguised as in `{request:base64}`.
     pub template: String,
 }
 
 impl Wrapper {
     /// The text around `request`.
     pub fn around(&self, request: &str) -> String {
-        self.template.replacen(REQUEST, request, 1)
+        match self.parts() {
+            Some((before, disguise, after)) => [before, &disguise(request), after].concat(),
+            None => self.template.clone(),
+        }
+    }
+
+    /// What is before the one place for a request, what becomes of it there, and what is after it.
+    fn parts(&self) -> Option<(&str, fn(&str) -> String, &str)> {
+        let (before, rest) = self.template.split_once(REQUEST)?;
+        let (how, after) = rest.split_once('}')?;
+        let disguise = match how.strip_prefix(':') {
+            Some(name) => DISGUISES.iter().find(|d| d.0 == name)?.1,
+            None if how.is_empty() => str::to_owned,
+            None => return None,
+        };
+        (!after.contains(REQUEST)).then_some((before, disguise, after))
     }
 }
 
 /// Reads wrappers from JSONL(.gz) of `id` and `template`; other keys are ignored.
 ///
 /// # Errors
-/// [`EvalError::Line`] naming the line, of a template without the one `{request}`, too; [`EvalError::Io`];
-/// [`EvalError::TooLarge`].
+/// [`EvalError::Line`] naming the line; [`EvalError::Wrapper`] of a template without the one place for a request, or
+/// with a disguise that is none of [`DISGUISES`]; [`EvalError::Io`]; [`EvalError::TooLarge`].
 pub fn read(path: &Path) -> Result<Vec<Wrapper>, EvalError> {
     let place = path.display().to_string();
     let wrappers = prompts::parse(&place, open(path)?, |w: &Wrapper| &w.id)?;
-    let odd = |w: &Wrapper| w.template.matches(REQUEST).count() != 1;
-    match wrappers.iter().find(|w| odd(w)) {
+    match wrappers.iter().find(|w| w.parts().is_none()) {
         Some(w) => Err(EvalError::Wrapper {
             path: place,
             id: w.id.clone(),
         }),
         None => Ok(wrappers),
+    }
+}
+
+/// The request's words, `size` to a piece.
+fn pieces(request: &str, size: usize) -> Vec<String> {
+    let words: Vec<&str> = request.split_whitespace().collect();
+    words.chunks(size).map(|p| p.join(" ")).collect()
+}
+
+fn rot13(c: char) -> char {
+    let turn = |first: u8| char::from(first + (c as u8 - first + 13) % 26);
+    match c {
+        'a'..='z' => turn(b'a'),
+        'A'..='Z' => turn(b'A'),
+        _ => c,
+    }
+}
+
+/// Digits for the letters that look like them.
+fn leet(c: char) -> char {
+    match c.to_ascii_lowercase() {
+        'a' => '4',
+        'e' => '3',
+        'i' => '1',
+        'o' => '0',
+        's' => '5',
+        't' => '7',
+        _ => c,
     }
 }
 
@@ -171,11 +236,42 @@ mod tests {
         // What looks like a place in the request is none.
         let found = wrappers[0].around("what is {request}?");
         assert_eq!(found, "Please: what is {request}? Thanks");
-        for template in ["none", "{request} {request}"] {
+        for template in [
+            "none",
+            "{request} {request}",
+            "{request:rot47}",
+            "{request:hex} {request}",
+            "{request",
+        ] {
             let line = format!("{good}\n{{\"id\": \"b\", \"template\": \"{template}\"}}");
             std::fs::write(&path, line).unwrap();
             let e = read(&path).unwrap_err().to_string();
             assert!(e.contains("'b'") && e.contains("w.jsonl"), "{e}");
+        }
+    }
+
+    #[test]
+    fn disguises_by_hand() {
+        let request = "Is rye tasty?";
+        let expected = [
+            ("base64", "SXMgcnllIHRhc3R5Pw=="),
+            ("hex", "4973207279652074617374793f"),
+            ("rot13", "Vf elr gnfgl?"),
+            ("reversed", "?ytsat eyr sI"),
+            ("leet", "15 ry3 7457y?"),
+            ("spelled", "I-s r-y-e t-a-s-t-y-?"),
+            ("lines", "1. Is rye tasty?"),
+            ("fragments", "\"Is rye\", \"tasty?\""),
+        ];
+        assert_eq!(expected.map(|e| e.0), DISGUISES.map(|d| d.0));
+        for (name, disguised) in expected {
+            let template = format!("<{{request:{name}}}>");
+            let w = Wrapper {
+                id: String::new(),
+                template,
+            };
+            assert_eq!(w.around(request), format!("<{disguised}>"));
+            assert_eq!(w.around(""), "<>", "{name}");
         }
     }
 

@@ -304,6 +304,7 @@ impl Trained {
             membership: self.reading.membership,
             bias: self.bias as f32,
             aggregate: self.reading.aggregate,
+            part: None,
             scope: Scope::Turn,
             threshold: self.threshold as f32,
             hysteresis: 0.0,

@@ -46,6 +46,14 @@ pub fn explain_gate(name: &str, gate: &Gate) -> String {
         "Gate '{name}' is open when, at {}, {what} reaches {}",
         gate.site, gate.threshold
     );
+    if let Some(part) = gate.part {
+        let of_part = gate.threshold - part.bias;
+        let _ = write!(
+            text,
+            ", or that of {} tokens in a row {of_part}",
+            part.tokens
+        );
+    }
     if gate.hysteresis > 0.0 {
         let _ = write!(
             text,
@@ -224,6 +232,7 @@ mod tests {
             threshold = 0.5
             hysteresis = 0.25
             clear = 0.125
+            part = { tokens = 16, bias = -2.0 }
             roles = ["user"]
             scope = "turn"
             [[interventions]]
@@ -236,8 +245,8 @@ mod tests {
         );
         assert_eq!(
             explain(&plan.unwrap()),
-            "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, until \
-             it falls below 0.25, and clear below 0.125; each turn is judged anew. It reads tokens of role user.\n\
+            "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, or \
+             that of 16 tokens in a row 2.5, until it falls below 0.25, and clear below 0.125; each turn is judged anew. It reads tokens of role user.\n\
              At layers.3, on every token of prompt and reply but the first, from position 2 to \
              before 9, only the first 4 of the reply, when ('unsafe' is open and not ('unsafe' is \
              open or 'unsafe' is clear)): latent 5 is multiplied by 0.5."

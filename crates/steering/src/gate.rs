@@ -8,7 +8,9 @@
 //! open gate closes only below `threshold - h`; with `latch` it never closes again in a
 //! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
 //! it. Below `clear`, if a gate has it, the gate is clear: what it looks for is surely not there; between
-//! the two it is neither. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
+//! the two it is neither. With a `part` the mean of any so many tokens in a row, plus a bias, counts if it
+//! is larger than the mean of all: a request is found in a text that is much longer than it, such as a
+//! jailbreak's wrapper. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
 //! and `clear`.
 //!
 //! The prompt is read as a whole before its first token is edited, so a gate sees the end of a
@@ -17,6 +19,8 @@
 //!
 //! Cost: `membership = "exact"` takes one SAE encode of the rows read (shared with the edits at the
 //! site), `"pre_act"` one product of `d_model` a latent a row, a direction or a probe one a row.
+
+use std::collections::VecDeque;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -52,6 +56,9 @@ pub struct Gate {
     /// How the per-token scores become one.
     #[serde(default)]
     pub aggregate: Aggregate,
+    /// With the mean: what a part of the tokens may say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
     /// Over which tokens they do.
     #[serde(default)]
     pub scope: Scope,
@@ -107,6 +114,17 @@ pub enum Aggregate {
     Last,
     /// The weighted sum of each latent's largest activation so far. Of latents only.
     LatentMax,
+}
+
+/// A part of what a gate reads, that is judged by itself: the gate's score is the larger of the mean of
+/// all scores and `bias` plus the largest mean of `tokens` scores in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// How many tokens; at least 1. Of fewer only the mean of all counts.
+    pub tokens: u32,
+    /// Added to the largest mean. The largest of many is high by chance, so that it is mostly below 0.
+    pub bias: f32,
 }
 
 /// Over which tokens a gate's scores are aggregated.
@@ -263,6 +281,17 @@ impl Gate {
                 "latent_max is of latents, and none is read",
             );
         }
+        if let Some(part) = self.part {
+            if self.aggregate != Aggregate::Mean {
+                return bad("part", part.bias, "is of a mean: set aggregate = \"mean\"");
+            }
+            if part.tokens == 0 {
+                return bad("part.tokens", 0.0, "must be at least 1");
+            }
+            if !part.bias.is_finite() {
+                return bad("part.bias", part.bias, "must be finite");
+            }
+        }
         if latents && self.sae.is_none() {
             return bad("sae", 0.0, "must name an SAE: latents are read");
         }
@@ -313,6 +342,11 @@ pub(crate) struct GateState {
     sum: f64,
     count: u64,
     last: f32,
+    /// The newest scores, as many as a [`Part`] has, with their sum.
+    newest: VecDeque<f32>,
+    newest_sum: f64,
+    /// The largest mean of a part so far.
+    part: Option<f32>,
     /// Each latent's largest activation, in the order of the weights; for [`Aggregate::LatentMax`].
     latent_max: Vec<f32>,
     /// What probes at earlier sites made of the rows that are now in the forward pass.
@@ -328,11 +362,22 @@ pub(crate) struct GateState {
 
 impl GateState {
     /// Takes one token: its score, and the activations that it is made of.
-    pub(crate) fn push(&mut self, score: f32, latents: &[f32]) {
+    pub(crate) fn push(&mut self, gate: &Gate, score: f32, latents: &[f32]) {
         self.max = Some(self.max.map_or(score, |m| m.max(score)));
         self.sum += f64::from(score);
         self.count += 1;
         self.last = score;
+        if let Some(part) = gate.part {
+            self.newest.push_back(score);
+            self.newest_sum += f64::from(score);
+            if self.newest.len() > part.tokens as usize {
+                self.newest_sum -= self.newest.pop_front().map_or(0.0, f64::from);
+            }
+            if self.newest.len() == part.tokens as usize {
+                let mean = (self.newest_sum / f64::from(part.tokens)) as f32;
+                self.part = Some(self.part.map_or(mean, |p| p.max(mean)));
+            }
+        }
         self.latent_max.resize(latents.len(), f32::NEG_INFINITY);
         for (m, f) in self.latent_max.iter_mut().zip(latents) {
             *m = m.max(*f);
@@ -354,7 +399,11 @@ impl GateState {
         let max = self.max?;
         Some(match gate.aggregate {
             Aggregate::Max => max,
-            Aggregate::Mean => (self.sum / self.count as f64) as f32,
+            Aggregate::Mean => {
+                let mean = (self.sum / self.count as f64) as f32;
+                let part = gate.part.zip(self.part);
+                part.map_or(mean, |(p, largest)| mean.max(largest + p.bias))
+            }
             Aggregate::Last => self.last,
             Aggregate::LatentMax => gate
                 .weights
@@ -404,6 +453,7 @@ mod tests {
             direction: Vec::new(),
             probes: Vec::new(),
             membership: Membership::Exact,
+            part: None,
             scope: Scope::Conversation,
             weights: vec![GateWeight {
                 latent: 0,
@@ -425,7 +475,7 @@ mod tests {
         scores
             .iter()
             .map(|&s| {
-                state.push(s, &[s]);
+                state.push(gate, s, &[s]);
                 state.decide(gate, 0);
                 state.open
             })
@@ -465,6 +515,47 @@ mod tests {
     }
 
     #[test]
+    fn a_part_is_judged_by_itself() {
+        let part = |tokens, bias| Gate {
+            aggregate: Aggregate::Mean,
+            part: Some(Part { tokens, bias }),
+            ..gate()
+        };
+        let score = |gate: &Gate, scores: &[f32]| {
+            let mut state = GateState::default();
+            for s in scores {
+                state.push(gate, *s, &[*s]);
+            }
+            state.score(gate).unwrap()
+        };
+        let scores = [0.0, 4.0, 2.0, -3.0, -3.0, 3.0];
+        // the mean of all is 0.5, the largest of two in a row 3, of three 2
+        assert_eq!(score(&part(2, -0.5), &scores), 2.5);
+        assert_eq!(score(&part(3, -0.5), &scores), 1.5);
+        assert_eq!(score(&part(2, -9.0), &scores), 0.5);
+        // seven in a row are not there
+        assert_eq!(score(&part(7, 9.0), &scores), 0.5);
+        let gate = part(2, -0.5);
+        let mut state = GateState::default();
+        scores.iter().for_each(|s| state.push(&gate, *s, &[]));
+        state.next_turn(&gate);
+        state.push(&gate, 1.0, &[]);
+        assert_eq!(state.score(&gate), Some(1.0));
+        gate.validate("gate").unwrap();
+        for gate in [
+            part(0, 0.0),
+            part(2, f32::NAN),
+            Gate {
+                aggregate: Aggregate::Max,
+                ..gate
+            },
+        ] {
+            let e = gate.validate("gate").unwrap_err().to_string();
+            assert!(e.contains("part"), "{e}");
+        }
+    }
+
+    #[test]
     fn each_latents_maximum_may_be_at_another_token() {
         let weight = |latent, weight| GateWeight { latent, weight };
         let gate = Gate {
@@ -475,8 +566,8 @@ mod tests {
         };
         let mut state = GateState::default();
         assert_eq!(state.score(&gate), None);
-        state.push(0.0, &[2.0, 0.5]);
-        state.push(0.0, &[1.0, 0.75]);
+        state.push(&gate, 0.0, &[2.0, 0.5]);
+        state.push(&gate, 0.0, &[1.0, 0.75]);
         assert_eq!(state.score(&gate), Some(0.25 + 2.0 - 1.5));
     }
 
@@ -485,10 +576,10 @@ mod tests {
         for (latch, open) in [(false, false), (true, true)] {
             let gate = Gate { latch, ..gate() };
             let mut state = GateState::default();
-            state.push(2.0, &[2.0]);
+            state.push(&gate, 2.0, &[2.0]);
             state.decide(&gate, 7);
             state.next_turn(&gate);
-            state.push(0.9, &[0.9]); // above threshold - hysteresis, below threshold
+            state.push(&gate, 0.9, &[0.9]); // above threshold - hysteresis, below threshold
             state.decide(&gate, 9);
             assert_eq!((state.open, state.ever_open), (open, true));
             assert_eq!(state.changes[0], (7, true));
@@ -539,7 +630,7 @@ mod tests {
         // 0.6 is within the hysteresis of an open gate
         let scores = [0.2, 0.25, 1.0, 0.6, 0.3, 0.1];
         let zones = scores.map(|s| {
-            state.push(s, &[s]);
+            state.push(&gate, s, &[s]);
             state.decide(&gate, 0);
             state.zone()
         });

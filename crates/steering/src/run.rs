@@ -204,7 +204,7 @@ impl CompiledGate {
                 }
                 (None, _) => gate.bias + cosine(x, &gate.direction),
             };
-            state.push(score, &latents);
+            state.push(gate, score, &latents);
         }
         state.decide(gate, last);
     }

@@ -1,15 +1,13 @@
 //! `demur gate`: train a gate, or see what one makes of prompts.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Label};
 use demur_eval::stats::Estimate;
 use demur_features::gate::{Detection, Group, detection, recall_at};
-use demur_features::harvest::{Products, Sequence, harvest_sites};
-use demur_model::hooks::{Intervention, Rows};
-use demur_steering::{CompiledPlan, explain_gate};
+use demur_features::harvest::Sequence;
+use demur_steering::explain_gate;
 use serde_json::json;
 
 use crate::catalogue::DEFAULT_MODEL;
@@ -18,9 +16,9 @@ use crate::cmd::plan;
 use crate::cmd::study::Which;
 use crate::exit;
 use crate::loaded::{Loaded, conversation};
-use crate::progress::{Progress, say};
+use crate::progress::say;
 use crate::study::config::Precision;
-use crate::study::{GATE_NAME, Options, TrainedGate, gate_only};
+use crate::study::{GATE_NAME, Options, TrainedGate, gate_only, gate_scores};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -94,6 +92,13 @@ fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
         explain_gate(GATE_NAME, gate),
         best.l2,
     ))?;
+    for p in &trained.parts {
+        let name = match p.part {
+            Some(part) => format!("a part of {} tokens, with {}", part.tokens, part.bias),
+            None => "the mean alone".to_owned(),
+        };
+        say(format_args!("validation: {name}: AUROC {:.4}", p.auroc))?;
+    }
     let groups = |split: &str, groups: &[Group]| -> Result<()> {
         for g in groups {
             line(&format!("{split}: {}", g.name), &g.detection)?;
@@ -158,7 +163,7 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
             roles: rendered.roles,
         });
     }
-    let scores = scores(&loaded, &compiled, plan.gates.len(), &sequences)?;
+    let scores = gate_scores(&loaded.model, &compiled, plan.gates.len(), &sequences)?;
     for ((name, gate), scores) in plan.gates.iter().zip(scores) {
         let labels = rows.iter().map(|p| p.label == Some(Label::Unsafe));
         let scored: Vec<(f64, bool)> = scores.into_iter().zip(labels).collect();
@@ -175,46 +180,4 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
         }
     }
     Ok(())
-}
-
-/// The scores of each of the plan's gates, by the very code that runs while a model is steered.
-fn scores(
-    loaded: &Loaded,
-    plan: &Arc<CompiledPlan>,
-    n_gates: usize,
-    sequences: &[Sequence],
-) -> Result<Vec<Vec<f64>>> {
-    let mut scores = vec![Vec::with_capacity(sequences.len()); n_gates];
-    let bar = Progress::new("gate", "prompts", sequences.len() as u64);
-    let sites = plan.sites();
-    harvest_sites(
-        &loaded.model,
-        sites,
-        sequences,
-        1024,
-        Products::Int8,
-        |i, by_site| {
-            let s = &sequences[i];
-            let rows = Rows {
-                start_pos: 0,
-                tokens: &s.tokens,
-                roles: &s.roles,
-                generated: false,
-            };
-            let mut state = plan.start();
-            for (site, x) in sites.iter().zip(by_site) {
-                state.edit(*site, &rows, &mut x.to_vec());
-            }
-            let audit = state.audit().unwrap_or_default();
-            // A gate that has read no token is closed.
-            for (at, scores) in scores.iter_mut().enumerate() {
-                let score = audit["gates"][at]["score"].as_f64();
-                scores.push(score.unwrap_or(f64::NEG_INFINITY));
-            }
-            bar.advance(1);
-            Ok(())
-        },
-    )?;
-    bar.finish();
-    Ok(scores)
 }

@@ -273,6 +273,9 @@ pub struct GateConfig {
     pub l2: Vec<f64>,
     /// Fraction of unsafe validation prompts that it must catch.
     pub recall: f64,
+    /// Lengths in tokens of parts of a request that may be judged by themselves; each is tried, and so is none. Of
+    /// gates that take the mean.
+    pub parts: Vec<u32>,
     /// JSONL(.gz) files of more labelled prompts to learn from; relative to the study's file. One in
     /// five is for validation, whatever split the file says; none is for the test.
     pub files: Vec<PathBuf>,
@@ -620,6 +623,7 @@ impl Default for GateConfig {
             sizes: vec![16, 64, 256],
             l2: vec![0.01, 0.1, 1.0],
             recall: 0.95,
+            parts: Vec::new(),
             files: Vec::new(),
             per_file: 0,
             wrappers: None,

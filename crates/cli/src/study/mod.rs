@@ -40,7 +40,7 @@ use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, note, say};
 use config::{SaeSource, SaeToTrain, ShippedPairs, Study};
-pub use gate::{GATE_NAME, Trained as TrainedGate};
+pub use gate::{GATE_NAME, Trained as TrainedGate, scores as gate_scores};
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 pub use shipped::plan as default_plan;
@@ -249,7 +249,7 @@ fn train_gate(
     let g = &c.study.gate;
     let what = (&c.study.prompts.system, &g.reads, &g.sites);
     let folder = run.folder("read", "gate", &what)?;
-    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall);
+    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall, &g.parts);
     let trained = run.stage("gate", &inputs, |_| {
         gate::run(c, sae, &prompts, read::rows(c, sae, &prompts, &folder)?)
     })?;

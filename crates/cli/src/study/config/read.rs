@@ -238,6 +238,9 @@ impl Study {
         if !(g.recall > 0.0 && g.recall <= 1.0) {
             bail!("gate.recall: give a fraction above 0, at most 1");
         }
+        if g.parts.contains(&0) {
+            bail!("gate.parts: give lengths in tokens, each at least 1");
+        }
         if !(0.0..=1.0).contains(&g.wrapped) {
             bail!("gate.wrapped: give a fraction between 0 and 1");
         }
