@@ -13,8 +13,11 @@ use crate::prompts;
 /// Where a request stands in a [`Wrapper`] begins so; `}` ends it, or `:`, a name of [`DISGUISES`] and `}`.
 const REQUEST: &str = "{request";
 
-/// What a place in a [`Wrapper`] may make of the request.
-pub const DISGUISES: [(&str, fn(&str) -> String); 8] = [
+/// What is made of a request.
+type Disguise = fn(&str) -> String;
+
+/// What a place in a [`Wrapper`] may make of the request, by name.
+pub const DISGUISES: [(&str, Disguise); 8] = [
     ("base64", |r| base64(r.as_bytes())),
     ("hex", |r| r.bytes().map(|b| format!("{b:02x}")).collect()),
     ("rot13", |r| r.chars().map(rot13).collect()),
@@ -130,7 +133,7 @@ impl Wrapper {
     }
 
     /// What is before the one place for a request, what becomes of it there, and what is after it.
-    fn parts(&self) -> Option<(&str, fn(&str) -> String, &str)> {
+    fn parts(&self) -> Option<(&str, Disguise, &str)> {
         let (before, rest) = self.template.split_once(REQUEST)?;
         let (how, after) = rest.split_once('}')?;
         let disguise = match how.strip_prefix(':') {

@@ -2,10 +2,11 @@
 //!
 //! Trained on what `read` keeps of the discovery split's prompts, chosen and calibrated on the
 //! validation split, and then run once on the test split: over all, by category, by style, and on
-//! the categories that training never saw. A residual gate that has the mean of the user's tokens may judge parts
-//! of them as well ([`Part`]): how long they are, and what is added to their score, is chosen by AUROC on the validation
-//! split, prompts under wrappers included. Beside it stand a probe on the raw residual, trained and
+//! the categories that training never saw. Beside it stand a probe on the raw residual, trained and
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
+//!
+//! A gate that takes the mean may judge parts of a request by themselves ([`Part`]). How long a part is and what is
+//! added to its score is chosen by AUROC on the validation split, prompts under wrappers included.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
