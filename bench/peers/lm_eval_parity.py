@@ -12,8 +12,8 @@ tasks are lm_eval's own YAML files; only the source of the rows is replaced, by 
 Several runs of the same items (`--run` again) are compared with one pass of lm_eval.
 
 Requests, tokens and metrics are lm_eval's. What it would compute many times, the beginnings that
-requests share, is computed once (`Packed`); the first 8 requests of a task, of the first four subjects of MMLU,
-are also computed lm_eval's own way, and must come out within 1e-3 nats.
+requests share, is computed once (`Packed`); the first 8 requests of a suite's first
+four tasks (only MMLU has more, its subjects) are also computed lm_eval's own way, and must come out within 1e-3 nats.
 
 Wanted: the same choice on at least 99 % of 500 items a task, the same metric within 0.5 points.
 
@@ -145,7 +145,7 @@ class Packed(HFLM):
     PASS = 512
     CHECKED = 4
 
-    tasks = 0
+    checked = 0
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         groups = collections.defaultdict(list)
@@ -168,8 +168,8 @@ class Packed(HFLM):
                     self.score(pack, shared, cache, scores)
                     pack, size = [], 0
                     print(f"  {done + 1} of {len(contexts)} contexts", flush=True)
-        if self.tasks < self.CHECKED:
-            self.tasks += 1
+        if self.checked < self.CHECKED:
+            self.checked += 1
             check = super()._loglikelihood_tokens(requests[:8], disable_tqdm=True)
             off = max(abs(a[0] - b[0]) for a, b in zip(scores, check))
             assert off < 1e-3, f"lm_eval itself differs by {off} nats"
@@ -230,6 +230,7 @@ def primer(data):
 def ask(lm, suite, data, asked, chat):
     """lm_eval's scores and metrics by item, one entry a filter."""
     theirs = collections.defaultdict(list)
+    lm.checked = 0
     with tempfile.TemporaryDirectory() as folder:
         for t in tasks(suite, data, Path(folder), asked):
             name = t.config.task

@@ -226,8 +226,8 @@ fn with_parts(
     Ok(best_part(&scores, &lengths, labels, n, gate))
 }
 
-/// `scores` are of a gate without a part, then with those of `lengths`, whose bias is 0: with a bias up to 0 a score is the larger of
-/// the mean and it plus the bias, so that no other bias has to be read.
+/// Gives `gate` the best part. `scores` are of a gate without one, then with those of `lengths`, whose bias is 0: with
+/// a bias below 0 the score is the larger of the mean and that one plus the bias, so that nothing has to be read again.
 fn best_part(
     scores: &[Vec<f64>],
     lengths: &[Option<Part>],
