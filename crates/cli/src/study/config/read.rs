@@ -314,6 +314,7 @@ impl Study {
                 s.max_kl
             );
         }
+        only_once("gate.parts", &self.gate.parts)?;
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
         only_once("calibrate.clamp", &self.calibrate.clamp)?;
@@ -479,6 +480,8 @@ mod tests {
         refused("gate.sizes=[0]", "gate.sizes");
         refused("gate.l2=[0.0]", "gate.l2");
         refused("gate.recall=1.5", "gate.recall");
+        refused("gate.parts=[16, 0]", "gate.parts");
+        refused("gate.parts=[16, 16]", "gate.parts");
         refused("discovery.attribution.prompts=2", "attribution.prompts");
         refused("discovery.attribution.steps=4", "attribution.prompts");
         refused("discovery.attribution={prompts=8, steps=65}", "at most 64");
