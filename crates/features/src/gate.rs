@@ -26,7 +26,7 @@ use crate::stats::{Estimate, auroc, wilson};
 /// Training rows in which a column must not be zero to be looked at.
 const MIN_ACTIVE: usize = 4;
 /// Penalty of the calibration: none, but for data that a line separates.
-const PLATT_L2: f64 = 1e-4;
+pub(crate) const PLATT_L2: f64 = 1e-4;
 
 /// How a gate reads a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,7 +117,7 @@ impl Readings {
 }
 
 /// Reads prompts in every way of [`Readings`]: the residual at `sites`, and the latents of `sae` at the last of
-/// them. `consume` gets each prompt's number and record, in order.
+/// them. `consume` gets each prompt's number, its record, and its rows at each of the sites, in order.
 ///
 /// # Errors
 /// What the model refuses, and what `consume` returns.
@@ -127,7 +127,7 @@ pub fn read(
     sae: Option<&Sae>,
     sequences: &[Sequence],
     batch_tokens: usize,
-    mut consume: impl FnMut(usize, &[f32]) -> Result<(), FeatureError>,
+    mut consume: impl FnMut(usize, &[f32], &[&[f32]]) -> Result<(), FeatureError>,
 ) -> Result<(), FeatureError> {
     let d = model.spec().d_model;
     let readings = Readings::new(sae.map(Sae::d_sae), d, sites.len());
@@ -151,7 +151,7 @@ pub fn read(
             for reading in &readings.residual {
                 record.extend(by_site.iter().flat_map(|x| pool(reading, x, roles)));
             }
-            consume(i, &record)
+            consume(i, &record, by_site)
         },
     )
 }
@@ -198,6 +198,8 @@ pub(crate) fn pool(reading: &Reading, acts: &[f32], roles: &[Role]) -> Vec<f32> 
             Aggregate::Max | Aggregate::LatentMax => {
                 out.iter_mut().zip(row).for_each(|(o, v)| *o = o.max(*v));
             }
+            // Heads read every token, see `attention`.
+            Aggregate::Attention => {}
         }
         count += 1;
     }
@@ -296,23 +298,35 @@ impl Trained {
 
     fn gate_at(&self, site: Site) -> Gate {
         Gate {
-            site: site.to_string(),
-            sae: None,
-            weights: Vec::new(),
-            direction: Vec::new(),
-            probes: Vec::new(),
             membership: self.reading.membership,
             bias: self.bias as f32,
             aggregate: self.reading.aggregate,
-            part: None,
-            scope: Scope::Turn,
             threshold: self.threshold as f32,
-            hysteresis: 0.0,
-            clear: None,
-            latch: false,
             roles: self.reading.roles.clone(),
-            during_generation: false,
+            ..blank(site)
         }
+    }
+}
+
+/// A gate at `site` that judges each turn of the user's by the user's tokens; it reads nothing yet.
+pub fn blank(site: Site) -> Gate {
+    Gate {
+        site: site.to_string(),
+        sae: None,
+        weights: Vec::new(),
+        direction: Vec::new(),
+        probes: Vec::new(),
+        heads: Vec::new(),
+        membership: Membership::PreAct,
+        bias: 0.0,
+        aggregate: Aggregate::Mean,
+        scope: Scope::Turn,
+        threshold: 0.0,
+        hysteresis: 0.0,
+        clear: None,
+        latch: false,
+        roles: vec![Role::User],
+        during_generation: false,
     }
 }
 

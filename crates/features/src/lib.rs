@@ -5,10 +5,11 @@
 //! latent promotes, [`mod@attribution`] what it adds to the refusal by gradients, [`ranking`] makes the
 //! short list and says how much of it is chance, [`causal`] clamps a latent and watches the refusal,
 //! [`sets`] clamps several, and [`table`] keeps it all. [`sites`] compares layers. [`gate`] trains the
-//! condition under which latents are clamped.
+//! condition under which latents are clamped, [`mod@attention`] one that says itself which tokens count.
 #![forbid(unsafe_code)]
 
 pub mod activations;
+pub mod attention;
 pub mod attribution;
 pub mod causal;
 pub mod contrast;

@@ -8,7 +8,7 @@ use demur_sae::Sae;
 use sha2::{Digest, Sha256};
 
 use crate::error::SteeringError;
-use crate::gate::{Condition, Gate};
+use crate::gate::{Condition, Gate, Probe};
 use crate::plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, Span,
     SteeringPlan, Unit,
@@ -47,13 +47,22 @@ pub(crate) struct Parts {
     pub(crate) interventions: Vec<Compiled>,
 }
 
+/// What a product with the residual at a site is added to: the score, or a head's query or value.
+#[derive(Debug)]
+pub(crate) struct Column {
+    pub(crate) at: usize,
+    pub(crate) site: Site,
+    pub(crate) direction: Vec<f32>,
+}
+
 #[derive(Debug)]
 pub(crate) struct CompiledGate {
     pub(crate) name: String,
     pub(crate) site: Site,
     pub(crate) sae: Option<Arc<Sae>>,
     pub(crate) gate: Gate, // its direction, if it has one, of unit norm
-    pub(crate) probes: Vec<(Site, Vec<f32>)>, // those of the gate
+    pub(crate) probes: Vec<Column>, // those of the gate and of its heads
+    pub(crate) columns: usize, // numbers that they make of a row
 }
 
 #[derive(Debug)]
@@ -131,7 +140,7 @@ pub fn compile(
     }
     let of_gates = gates
         .iter()
-        .flat_map(|g| std::iter::once(g.site).chain(g.probes.iter().map(|p| p.0)));
+        .flat_map(|g| std::iter::once(g.site).chain(g.probes.iter().map(|p| p.site)));
     let mut sites: Vec<Site> = interventions
         .iter()
         .map(|c: &Compiled| c.site)
@@ -219,23 +228,39 @@ fn compile_gate(
         let norm = gate.direction.iter().map(|v| v * v).sum::<f32>().sqrt();
         gate.direction.iter_mut().for_each(|v| *v /= norm);
     }
-    let mut probes = Vec::with_capacity(gate.probes.len());
-    for (i, probe) in std::mem::take(&mut gate.probes).into_iter().enumerate() {
-        let place = format!("{place}.probes[{i}]");
-        let at = resolve_site(&probe.site, n_layers, &place)?;
-        if at > site {
-            return Err(SteeringError::Site {
-                place,
-                reason: format!("it reads {at}, after {site}, where the gate decides"),
+    let heads = std::mem::take(&mut gate.heads);
+    let columns = (2 * heads.len()).max(1);
+    let of_heads = heads.into_iter().enumerate().flat_map(|(h, head)| {
+        let named = |what, at, probes: Vec<Probe>| (format!("heads[{h}].{what}"), at, probes);
+        [
+            named("query", 2 * h, head.query),
+            named("value", 2 * h + 1, head.value),
+        ]
+    });
+    let own = ("probes".to_owned(), 0, std::mem::take(&mut gate.probes));
+    let mut probes = Vec::new();
+    for (list, column, of_column) in std::iter::once(own).chain(of_heads) {
+        for (i, probe) in of_column.into_iter().enumerate() {
+            let place = format!("{place}.{list}[{i}]");
+            let at = resolve_site(&probe.site, n_layers, &place)?;
+            if at > site {
+                return Err(SteeringError::Site {
+                    place,
+                    reason: format!("it reads {at}, after {site}, where the gate decides"),
+                });
+            }
+            check_width(
+                "the probe".to_owned(),
+                probe.direction.len(),
+                d_model,
+                &place,
+            )?;
+            probes.push(Column {
+                at: column,
+                site: at,
+                direction: probe.direction,
             });
         }
-        check_width(
-            "the probe".to_owned(),
-            probe.direction.len(),
-            d_model,
-            &place,
-        )?;
-        probes.push((at, probe.direction));
     }
     Ok(CompiledGate {
         name: name.to_owned(),
@@ -243,6 +268,7 @@ fn compile_gate(
         sae,
         gate,
         probes,
+        columns,
     })
 }
 

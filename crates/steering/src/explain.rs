@@ -24,6 +24,25 @@ pub fn explain(plan: &SteeringPlan) -> String {
 /// Says in plain English when a gate is open.
 pub fn explain_gate(name: &str, gate: &Gate) -> String {
     let what = match (gate.weights.len(), gate.aggregate) {
+        (_, Aggregate::Attention) => {
+            let read = gate
+                .heads
+                .iter()
+                .flat_map(|h| h.query.iter().chain(&h.value));
+            let mut sites: Vec<&str> = Vec::new();
+            for probe in read {
+                if !sites.contains(&probe.site.as_str()) {
+                    sites.push(&probe.site);
+                }
+            }
+            format!(
+                "the sum of what {} head{} of attention take{} from the residual at {}",
+                gate.heads.len(),
+                if gate.heads.len() == 1 { "" } else { "s" },
+                if gate.heads.len() == 1 { "s" } else { "" },
+                sites.join(", ")
+            )
+        }
         (0, how) if !gate.probes.is_empty() => {
             let sites: Vec<&str> = gate.probes.iter().map(|p| p.site.as_str()).collect();
             format!(
@@ -46,14 +65,6 @@ pub fn explain_gate(name: &str, gate: &Gate) -> String {
         "Gate '{name}' is open when, at {}, {what} reaches {}",
         gate.site, gate.threshold
     );
-    if let Some(part) = gate.part {
-        let of_part = gate.threshold - part.bias;
-        let _ = write!(
-            text,
-            ", or that of {} tokens in a row {of_part}",
-            part.tokens
-        );
-    }
     if gate.hysteresis > 0.0 {
         let _ = write!(
             text,
@@ -88,6 +99,7 @@ fn aggregate(how: Aggregate) -> &'static str {
         Aggregate::Max | Aggregate::LatentMax => "largest",
         Aggregate::Mean => "mean",
         Aggregate::Last => "newest",
+        Aggregate::Attention => "attended",
     }
 }
 
@@ -232,7 +244,6 @@ mod tests {
             threshold = 0.5
             hysteresis = 0.25
             clear = 0.125
-            part = { tokens = 16, bias = -2.0 }
             roles = ["user"]
             scope = "turn"
             [[interventions]]
@@ -245,8 +256,7 @@ mod tests {
         );
         assert_eq!(
             explain(&plan.unwrap()),
-            "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, or \
-             that of 16 tokens in a row 2.5, until it falls below 0.25, and clear below 0.125; each turn is judged anew. It reads tokens of role user.\n\
+            "Gate 'unsafe' is open when, at layers.3, the mean score of 1 latent reaches 0.5, until it falls below 0.25, and clear below 0.125; each turn is judged anew. It reads tokens of role user.\n\
              At layers.3, on every token of prompt and reply but the first, from position 2 to \
              before 9, only the first 4 of the reply, when ('unsafe' is open and not ('unsafe' is \
              open or 'unsafe' is clear)): latent 5 is multiplied by 0.5."

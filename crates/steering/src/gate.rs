@@ -4,13 +4,11 @@
 //! of latents, `s_t = bias + sum_j w_j f_j(x_t)`, or the cosine with a direction,
 //! `s_t = bias + cos(x_t, v)` (the condition vector of CAST, 2409.05907), or linear probes of the
 //! residual at its site and earlier ones, `s_t = bias + sum_l x_t^l . v_l`. The scores become one by
-//! [`Aggregate`]; the gate is open while that is at or above `threshold`. With `hysteresis = h` an
+//! [`Aggregate`]. Or its heads say themselves which tokens count, see [`Head`]. The gate is open while that is at or above `threshold`. With `hysteresis = h` an
 //! open gate closes only below `threshold - h`; with `latch` it never closes again in a
 //! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
 //! it. Below `clear`, if a gate has it, the gate is clear: what it looks for is surely not there; between
-//! the two it is neither. With a `part` the mean of any so many tokens in a row, plus a bias, counts if it
-//! is larger than the mean of all: a request is found in a text that is much longer than it, such as a
-//! jailbreak's wrapper. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
+//! the two it is neither. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
 //! and `clear`.
 //!
 //! The prompt is read as a whole before its first token is edited, so a gate sees the end of a
@@ -18,9 +16,8 @@
 //! earlier sites included, those at its own not.
 //!
 //! Cost: `membership = "exact"` takes one SAE encode of the rows read (shared with the edits at the
-//! site), `"pre_act"` one product of `d_model` a latent a row, a direction or a probe one a row.
-
-use std::collections::VecDeque;
+//! site), `"pre_act"` one product of `d_model` a latent a row, a direction or a probe one a row, a head
+//! two for each site that it reads.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -47,6 +44,9 @@ pub struct Gate {
     /// Instead of both: linear probes, each at its own site, at or before the gate's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub probes: Vec<Probe>,
+    /// Instead of all three: heads of attention, whose values the score is the sum of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heads: Vec<Head>,
     /// Whether a latent outside the top k counts as inactive.
     #[serde(default)]
     pub membership: Membership,
@@ -56,9 +56,6 @@ pub struct Gate {
     /// How the per-token scores become one.
     #[serde(default)]
     pub aggregate: Aggregate,
-    /// With the mean: what a part of the tokens may say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub part: Option<Part>,
     /// Over which tokens they do.
     #[serde(default)]
     pub scope: Scope,
@@ -79,6 +76,19 @@ pub struct Gate {
     /// Read generated tokens too, not only the prompt.
     #[serde(default)]
     pub during_generation: bool,
+}
+
+/// A head of attention over the tokens that a gate reads: with `q_t = sum_l x_t^l . query_l` and `v_t = sum_l x_t^l . value_l`
+/// its value is `sum_t softmax(q)_t v_t`. So it finds the few tokens that tell in a text that is much longer, such as a
+/// jailbreak's wrapper. A gate's score is `bias` plus the values of its heads (the attention probes of Shabalin and
+/// Belrose 2025).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Head {
+    /// How much a token counts, each at its own site, at or before the gate's.
+    pub query: Vec<Probe>,
+    /// What a token says, likewise.
+    pub value: Vec<Probe>,
 }
 
 /// A linear reading of the residual stream, one summand of a gate's score.
@@ -114,17 +124,8 @@ pub enum Aggregate {
     Last,
     /// The weighted sum of each latent's largest activation so far. Of latents only.
     LatentMax,
-}
-
-/// A part of what a gate reads, that is judged by itself: the gate's score is the larger of the mean of
-/// all scores and `bias` plus the largest mean of `tokens` scores in a row.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Part {
-    /// How many tokens; at least 1. Of fewer only the mean of all counts.
-    pub tokens: u32,
-    /// Added to the largest mean. The largest of many is high by chance, so that it is mostly below 0.
-    pub bias: f32,
+    /// The sum of the heads' values over the tokens so far. Of heads only.
+    Attention,
 }
 
 /// Over which tokens a gate's scores are aggregated.
@@ -249,13 +250,19 @@ impl Gate {
         };
         let norm: f32 = self.direction.iter().map(|v| v * v).sum();
         let latents = !self.weights.is_empty();
-        let kinds = [latents, !self.direction.is_empty(), !self.probes.is_empty()];
+        let heads = !self.heads.is_empty();
+        let kinds = [
+            latents,
+            !self.direction.is_empty(),
+            !self.probes.is_empty(),
+            heads,
+        ];
         match kinds.iter().filter(|k| **k).count() {
             0 => {
                 return bad(
                     "weights",
                     0.0,
-                    "is empty: give weights, a direction or probes",
+                    "is empty: give weights, a direction, probes or heads",
                 );
             }
             1 => {}
@@ -263,7 +270,7 @@ impl Gate {
                 return bad(
                     "weights",
                     self.weights.len() as f32,
-                    "weights, direction and probes: give one of the three",
+                    "weights, direction, probes and heads: give one of the four",
                 );
             }
         }
@@ -274,23 +281,28 @@ impl Gate {
         if let Some(v) = probed.into_iter().find(|v| !v.is_finite()) {
             return bad("probes", *v, "must be finite");
         }
+        let both = self.heads.iter().flat_map(|h| [&h.query, &h.value]);
+        let mut read = both.flatten().flat_map(|p| &p.direction);
+        if let Some(v) = read.find(|v| !v.is_finite()) {
+            return bad("heads", *v, "must be finite");
+        }
+        if let Some(h) = self.heads.iter().find(|h| h.value.is_empty()) {
+            let n = h.query.len() as f32;
+            return bad("heads", n, "each needs a value to say");
+        }
+        if heads != (self.aggregate == Aggregate::Attention) {
+            return bad(
+                "aggregate",
+                self.heads.len() as f32,
+                "attention is of heads, and they have no other",
+            );
+        }
         if !latents && self.aggregate == Aggregate::LatentMax {
             return bad(
                 "aggregate",
                 norm,
                 "latent_max is of latents, and none is read",
             );
-        }
-        if let Some(part) = self.part {
-            if self.aggregate != Aggregate::Mean {
-                return bad("part", part.bias, "is of a mean: set aggregate = \"mean\"");
-            }
-            if part.tokens == 0 {
-                return bad("part.tokens", 0.0, "must be at least 1");
-            }
-            if !part.bias.is_finite() {
-                return bad("part.bias", part.bias, "must be finite");
-            }
         }
         if latents && self.sae.is_none() {
             return bad("sae", 0.0, "must name an SAE: latents are read");
@@ -335,6 +347,35 @@ impl Gate {
 /// Most changes of a gate that an audit lists.
 const MAX_CHANGES: usize = 32;
 
+/// A head's mean so far under weights `exp(q - largest)`.
+#[derive(Debug, Clone, Copy)]
+struct Attended {
+    largest: f32,
+    weight: f64,
+    sum: f64,
+}
+
+impl Attended {
+    const NONE: Self = Self {
+        largest: f32::NEG_INFINITY,
+        weight: 0.0,
+        sum: 0.0,
+    };
+
+    /// Takes one token's query and value.
+    fn push(&mut self, q: f32, v: f32) {
+        if q > self.largest {
+            let shrink = f64::from(self.largest - q).exp();
+            self.weight *= shrink;
+            self.sum *= shrink;
+            self.largest = q;
+        }
+        let w = f64::from(q - self.largest).exp();
+        self.weight += w;
+        self.sum += w * f64::from(v);
+    }
+}
+
 /// A gate's memory over one sequence.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GateState {
@@ -342,14 +383,12 @@ pub(crate) struct GateState {
     sum: f64,
     count: u64,
     last: f32,
-    /// The newest scores, as many as a [`Part`] has, with their sum.
-    newest: VecDeque<f32>,
-    newest_sum: f64,
-    /// The largest mean of a part so far.
-    part: Option<f32>,
+    /// What each head makes of the tokens so far.
+    attended: Vec<Attended>,
     /// Each latent's largest activation, in the order of the weights; for [`Aggregate::LatentMax`].
     latent_max: Vec<f32>,
-    /// What probes at earlier sites made of the rows that are now in the forward pass.
+    /// What probes at earlier sites made of the rows that are now in the forward pass: of each row one number, or of
+    /// each head query and value.
     pub(crate) pending: Vec<f32>,
     /// Whether a reply was seen since the user last spoke.
     pub(crate) after_reply: bool,
@@ -362,25 +401,23 @@ pub(crate) struct GateState {
 
 impl GateState {
     /// Takes one token: its score, and the activations that it is made of.
-    pub(crate) fn push(&mut self, gate: &Gate, score: f32, latents: &[f32]) {
+    pub(crate) fn push(&mut self, score: f32, latents: &[f32]) {
         self.max = Some(self.max.map_or(score, |m| m.max(score)));
         self.sum += f64::from(score);
         self.count += 1;
         self.last = score;
-        if let Some(part) = gate.part {
-            self.newest.push_back(score);
-            self.newest_sum += f64::from(score);
-            if self.newest.len() > part.tokens as usize {
-                self.newest_sum -= self.newest.pop_front().map_or(0.0, f64::from);
-            }
-            if self.newest.len() == part.tokens as usize {
-                let mean = (self.newest_sum / f64::from(part.tokens)) as f32;
-                self.part = Some(self.part.map_or(mean, |p| p.max(mean)));
-            }
-        }
         self.latent_max.resize(latents.len(), f32::NEG_INFINITY);
         for (m, f) in self.latent_max.iter_mut().zip(latents) {
             *m = m.max(*f);
+        }
+    }
+
+    /// Takes one token: each head's query and value.
+    pub(crate) fn attend(&mut self, heads: &[f32]) {
+        self.count += 1;
+        self.attended.resize(heads.len() / 2, Attended::NONE);
+        for (attended, of_head) in self.attended.iter_mut().zip(heads.chunks_exact(2)) {
+            attended.push(of_head[0], of_head[1]);
         }
     }
 
@@ -396,13 +433,15 @@ impl GateState {
 
     /// The aggregated score, or `None` before the first token.
     pub(crate) fn score(&self, gate: &Gate) -> Option<f32> {
-        let max = self.max?;
+        if self.count == 0 {
+            return None;
+        }
         Some(match gate.aggregate {
-            Aggregate::Max => max,
-            Aggregate::Mean => {
-                let mean = (self.sum / self.count as f64) as f32;
-                let part = gate.part.zip(self.part);
-                part.map_or(mean, |(p, largest)| mean.max(largest + p.bias))
+            Aggregate::Max => self.max?,
+            Aggregate::Mean => (self.sum / self.count as f64) as f32,
+            Aggregate::Attention => {
+                let means = self.attended.iter().map(|a| a.sum / a.weight);
+                (f64::from(gate.bias) + means.sum::<f64>()) as f32
             }
             Aggregate::Last => self.last,
             Aggregate::LatentMax => gate
@@ -453,7 +492,7 @@ mod tests {
             direction: Vec::new(),
             probes: Vec::new(),
             membership: Membership::Exact,
-            part: None,
+            heads: Vec::new(),
             scope: Scope::Conversation,
             weights: vec![GateWeight {
                 latent: 0,
@@ -475,7 +514,7 @@ mod tests {
         scores
             .iter()
             .map(|&s| {
-                state.push(gate, s, &[s]);
+                state.push(s, &[s]);
                 state.decide(gate, 0);
                 state.open
             })
@@ -515,43 +554,56 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_judged_by_itself() {
-        let part = |tokens, bias| Gate {
-            aggregate: Aggregate::Mean,
-            part: Some(Part { tokens, bias }),
+    fn heads_take_means_under_their_own_weights() {
+        let head = |query: Vec<Probe>, value| Head { query, value };
+        let probe = |v: f32| Probe {
+            site: "layers.0".to_owned(),
+            direction: vec![v],
+        };
+        let gate = Gate {
+            weights: Vec::new(),
+            heads: vec![
+                head(vec![probe(1.0)], vec![probe(1.0)]),
+                head(Vec::new(), vec![probe(2.0)]),
+            ],
+            aggregate: Aggregate::Attention,
+            bias: 0.5,
             ..gate()
         };
-        let score = |gate: &Gate, scores: &[f32]| {
-            let mut state = GateState::default();
-            for s in scores {
-                state.push(gate, *s, &[*s]);
-            }
-            state.score(gate).unwrap()
-        };
-        let scores = [0.0, 4.0, 2.0, -3.0, -3.0, 3.0];
-        // the mean of all is 0.5, the largest of two in a row 3, of three 2
-        assert_eq!(score(&part(2, -0.5), &scores), 2.5);
-        assert_eq!(score(&part(3, -0.5), &scores), 1.5);
-        assert_eq!(score(&part(2, -9.0), &scores), 0.5);
-        // seven in a row are not there
-        assert_eq!(score(&part(7, 9.0), &scores), 0.5);
-        let gate = part(2, -0.5);
-        let mut state = GateState::default();
-        scores.iter().for_each(|s| state.push(&gate, *s, &[]));
-        state.next_turn(&gate);
-        state.push(&gate, 1.0, &[]);
-        assert_eq!(state.score(&gate), Some(1.0));
         gate.validate("gate").unwrap();
+        let mut state = GateState::default();
+        assert_eq!(state.score(&gate), None);
+        // Weights e^0 : e^ln3 = 1 : 3, and equal ones: (1 * 8 + 3 * 4) / 4 and (1 + 2) / 2.
+        state.attend(&[0.0, 8.0, 0.0, 1.0]);
+        state.attend(&[3f32.ln(), 4.0, 0.0, 2.0]);
+        let found = state.score(&gate).unwrap();
+        assert!((found - (0.5 + 5.0 + 1.5)).abs() < 1e-6, "{found}");
+        // Queries of any size: what counts is their difference.
+        let mut state = GateState::default();
+        for q in [-2e4, 2e4, -2e4] {
+            state.attend(&[q, q.signum(), 0.0, 0.0]);
+        }
+        assert_eq!(state.score(&gate), Some(1.5));
+        state.next_turn(&gate);
+        assert_eq!(state.score(&gate), None);
+        let with = |aggregate, heads| Gate {
+            aggregate,
+            heads,
+            ..gate.clone()
+        };
         for gate in [
-            part(0, 0.0),
-            part(2, f32::NAN),
-            Gate {
-                aggregate: Aggregate::Max,
-                ..gate
-            },
+            with(Aggregate::Mean, gate.heads.clone()),
+            with(
+                Aggregate::Attention,
+                vec![head(vec![probe(f32::NAN)], vec![probe(1.0)])],
+            ),
+            with(
+                Aggregate::Attention,
+                vec![head(vec![probe(1.0)], Vec::new())],
+            ),
         ] {
             let e = gate.validate("gate").unwrap_err().to_string();
-            assert!(e.contains("part"), "{e}");
+            assert!(e.contains("heads") || e.contains("aggregate"), "{e}");
         }
     }
 
@@ -566,8 +618,8 @@ mod tests {
         };
         let mut state = GateState::default();
         assert_eq!(state.score(&gate), None);
-        state.push(&gate, 0.0, &[2.0, 0.5]);
-        state.push(&gate, 0.0, &[1.0, 0.75]);
+        state.push(0.0, &[2.0, 0.5]);
+        state.push(0.0, &[1.0, 0.75]);
         assert_eq!(state.score(&gate), Some(0.25 + 2.0 - 1.5));
     }
 
@@ -576,10 +628,10 @@ mod tests {
         for (latch, open) in [(false, false), (true, true)] {
             let gate = Gate { latch, ..gate() };
             let mut state = GateState::default();
-            state.push(&gate, 2.0, &[2.0]);
+            state.push(2.0, &[2.0]);
             state.decide(&gate, 7);
             state.next_turn(&gate);
-            state.push(&gate, 0.9, &[0.9]); // above threshold - hysteresis, below threshold
+            state.push(0.9, &[0.9]); // above threshold - hysteresis, below threshold
             state.decide(&gate, 9);
             assert_eq!((state.open, state.ever_open), (open, true));
             assert_eq!(state.changes[0], (7, true));
@@ -630,7 +682,7 @@ mod tests {
         // 0.6 is within the hysteresis of an open gate
         let scores = [0.2, 0.25, 1.0, 0.6, 0.3, 0.1];
         let zones = scores.map(|s| {
-            state.push(&gate, s, &[s]);
+            state.push(s, &[s]);
             state.decide(&gate, 0);
             state.zone()
         });

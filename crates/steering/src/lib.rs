@@ -35,7 +35,7 @@ pub use compile::{CompiledPlan, SaeEntry, SaeSet, absolute, compile};
 pub use diff::{Change, diff};
 pub use error::SteeringError;
 pub use explain::{explain, explain_gate};
-pub use gate::{Aggregate, Condition, Gate, GateWeight, Part, Probe, Scope, Zone};
+pub use gate::{Aggregate, Condition, Gate, GateWeight, Head, Probe, Scope, Zone};
 pub use plan::{
     Direction, DirectionOp, ErrorTerm, InterventionSpec, LatentEdit, Membership, Op, PLAN_VERSION,
     Span, SteeringPlan, Unit,

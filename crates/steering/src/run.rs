@@ -11,7 +11,7 @@ use demur_sae::{Codes, Sae};
 use serde_json::{Value, json};
 
 use crate::compile::{Compiled, CompiledGate, Parts};
-use crate::gate::{Condition, GateState, Scope, Zone};
+use crate::gate::{Aggregate, Condition, GateState, Scope, Zone};
 use crate::plan::{DirectionOp, ErrorTerm, Membership, Op};
 
 /// What a plan remembers of one sequence: each gate's state, and the audit.
@@ -144,15 +144,17 @@ impl InterventionState for PlanState {
 }
 
 impl CompiledGate {
-    /// Notes what the gate's probes at `site` make of each row.
+    /// Notes what the gate's probes and heads at `site` make of each row.
     fn probe(&self, state: &mut GateState, site: Site, rows: &Rows<'_>, resid: &[f32]) {
         if rows.generated && !self.gate.during_generation {
             return;
         }
-        for (_, v) in self.probes.iter().filter(|p| p.0 == site) {
-            state.pending.resize(resid.len() / v.len(), 0.0);
-            for (s, x) in state.pending.iter_mut().zip(resid.chunks_exact(v.len())) {
-                *s += x.iter().zip(v).map(|(a, b)| a * b).sum::<f32>();
+        for p in self.probes.iter().filter(|p| p.site == site) {
+            let d = p.direction.len();
+            state.pending.resize(resid.len() / d * self.columns, 0.0);
+            let of_row = state.pending.chunks_exact_mut(self.columns);
+            for (sums, x) in of_row.zip(resid.chunks_exact(d)) {
+                sums[p.at] += x.iter().zip(&p.direction).map(|(a, b)| a * b).sum::<f32>();
             }
         }
     }
@@ -189,6 +191,10 @@ impl CompiledGate {
             if rows.start_pos + t == 0 || !(rows.generated || gate.reads(rows.roles[t])) {
                 continue;
             }
+            if gate.aggregate == Aggregate::Attention {
+                state.attend(&probed[t * self.columns..(t + 1) * self.columns]);
+                continue;
+            }
             let x = &resid[t * d..(t + 1) * d];
             let score = match (&self.sae, codes) {
                 _ if !self.probes.is_empty() => gate.bias + probed[t],
@@ -204,7 +210,7 @@ impl CompiledGate {
                 }
                 (None, _) => gate.bias + cosine(x, &gate.direction),
             };
-            state.push(gate, score, &latents);
+            state.push(score, &latents);
         }
         state.decide(gate, last);
     }

@@ -85,20 +85,10 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
-    let (gate, best) = (&trained.gate, &trained.tried[0]);
-    say(format_args!(
-        "{}\n{} Penalty {}.\n",
-        plan.display(),
-        explain_gate(GATE_NAME, gate),
-        best.l2,
-    ))?;
-    for p in &trained.parts {
-        let name = match p.part {
-            Some(part) => format!("a part of {} tokens, with {}", part.tokens, part.bias),
-            None => "the mean alone".to_owned(),
-        };
-        say(format_args!("validation: {name}: AUROC {:.4}", p.auroc))?;
-    }
+    let explained = explain_gate(GATE_NAME, &trained.gate);
+    let penalty = trained.tried.first();
+    let penalty = penalty.map_or(String::new(), |best| format!(" Penalty {}.", best.l2));
+    say(format_args!("{}\n{explained}{penalty}\n", plan.display()))?;
     let groups = |split: &str, groups: &[Group]| -> Result<()> {
         for g in groups {
             line(&format!("{split}: {}", g.name), &g.detection)?;

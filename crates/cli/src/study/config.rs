@@ -273,9 +273,8 @@ pub struct GateConfig {
     pub l2: Vec<f64>,
     /// Fraction of unsafe validation prompts that it must catch.
     pub recall: f64,
-    /// Lengths in tokens of parts of a request that may be judged by themselves; each is tried, and so is none. Of
-    /// gates that take the mean.
-    pub parts: Vec<u32>,
+    /// How heads of attention are trained, if it may read with them.
+    pub attention: AttentionConfig,
     /// JSONL(.gz) files of more labelled prompts to learn from; relative to the study's file. One in
     /// five is for validation, whatever split the file says; none is for the test.
     pub files: Vec<PathBuf>,
@@ -297,8 +296,22 @@ pub struct GateConfig {
 pub enum Reads {
     /// Latents of the SAE.
     Latents,
-    /// The residual itself, at `sites`.
+    /// The residual itself, at `sites`: linear probes of what is pooled.
     Residual,
+    /// The residual at `sites`, by heads of attention, which say themselves which tokens count.
+    Attention,
+}
+
+/// How heads of attention are trained: by Adam, over minibatches of 64 prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttentionConfig {
+    /// Heads.
+    pub heads: usize,
+    /// Passes over the prompts.
+    pub epochs: usize,
+    /// Largest step.
+    pub rate: f64,
 }
 
 /// How candidates are found.
@@ -623,12 +636,22 @@ impl Default for GateConfig {
             sizes: vec![16, 64, 256],
             l2: vec![0.01, 0.1, 1.0],
             recall: 0.95,
-            parts: Vec::new(),
+            attention: AttentionConfig::default(),
             files: Vec::new(),
             per_file: 0,
             wrappers: None,
             wrapped: 0.3,
             held_out: Vec::new(),
+        }
+    }
+}
+
+impl Default for AttentionConfig {
+    fn default() -> Self {
+        Self {
+            heads: 8,
+            epochs: 4,
+            rate: 5e-4,
         }
     }
 }

@@ -5,32 +5,32 @@
 //! the categories that training never saw. Beside it stand a probe on the raw residual, trained and
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
 //!
-//! A gate that takes the mean may judge parts of a request by themselves ([`Part`]). How long a part is and what is
-//! added to its score is chosen by AUROC on the validation split, prompts under wrappers included.
+//! Heads of attention learn from every token of a request, where a weighted sum learns from what is pooled of it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use demur_eval::prompts::{Label, Prompt, Split};
+use demur_features::attention;
 use demur_features::gate::{
     self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
 };
 use demur_features::harvest::{Products, Sequence, harvest_sites};
 use demur_features::sites::difference_of_means;
-use demur_features::stats::auroc;
 use demur_model::decoder::Model;
-use demur_model::hooks::{Intervention, Role, Rows};
+use demur_model::hooks::{Intervention, Role, Rows, Site};
 use demur_sae::Sae;
 use demur_steering::{
-    Aggregate, CompiledPlan, Gate, PLAN_VERSION, Part, SaeEntry, SaeSet, Scope, SteeringPlan,
+    Aggregate, CompiledPlan, Gate, Membership, PLAN_VERSION, SaeEntry, SaeSet, Scope, SteeringPlan,
     compile,
 };
 use serde::{Deserialize, Serialize};
 
-use super::config::Reads;
-use super::{SAE_NAME, StudyContext, read, with_reply};
-use crate::progress::Progress;
+use super::config::{AttentionConfig, Reads};
+use super::read::{self, ReadPrompts, Tokens};
+use super::{SAE_NAME, StudyContext, with_reply};
+use crate::progress::{Progress, note};
 
 /// The name that plans of a study give the gate.
 pub const GATE_NAME: &str = "unsafe";
@@ -42,10 +42,8 @@ const NO_CATEGORY: &str = "none";
 pub struct Trained {
     /// Opens on requests that look unsafe; its score is the log-odds.
     pub gate: Gate,
-    /// The settings tried, the best on validation first.
+    /// The settings tried of a weighted sum, the best on validation first; none of heads of attention.
     pub tried: Vec<Tried>,
-    /// Parts tried, of each length that with the best bias; first none. Empty where none was asked for.
-    pub parts: Vec<TriedPart>,
     /// Of the gate on validation prompts, on which it was chosen.
     pub validation: Report,
     /// Of the gate on test prompts.
@@ -64,13 +62,6 @@ pub struct Beside {
     pub test: Detection,
 }
 
-/// A gate's [`Part`], or none, and how well it then tells validation prompts apart.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct TriedPart {
-    pub part: Option<Part>,
-    pub auroc: f64,
-}
-
 impl Trained {
     /// A plan that has the gate and no intervention.
     pub fn plan(&self, sae_sha256: &str) -> SteeringPlan {
@@ -85,12 +76,7 @@ impl Trained {
     }
 }
 
-pub fn run(
-    c: &StudyContext,
-    sae: &Sae,
-    prompts: &[Prompt],
-    (latents, residual): (Vec<Pooled>, Vec<Pooled>),
-) -> Result<Trained> {
+pub fn run(c: &StudyContext, sae: &Sae, prompts: &[Prompt], read: ReadPrompts) -> Result<Trained> {
     let of = |split| prompts.iter().filter(|p| p.split == Some(split)).count();
     let (n_train, n_validation) = (of(Split::Discovery), of(Split::Validation));
     let train = 0..n_train;
@@ -103,11 +89,11 @@ pub fn run(
     let cfg = &c.study.gate;
     let probed = read::sites(c)?;
     let width = sae.d_model() * probed.len();
-    let mut candidates = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
     for &reads in &cfg.reads {
-        let (pooled, sizes) = match reads {
-            Reads::Latents => (&latents, cfg.sizes.clone()),
-            Reads::Residual => (&residual, vec![width]),
+        let sizes = match reads {
+            Reads::Latents => cfg.sizes.clone(),
+            Reads::Residual | Reads::Attention => vec![width],
         };
         let search = Search {
             labels: &labels,
@@ -117,16 +103,21 @@ pub fn run(
             l2: &cfg.l2,
             recall: cfg.recall,
         };
-        let nothing = "no latent is active on the prompts: is it the right SAE?";
-        let trained = gate::train(pooled, &search).context(nothing)?;
-        let read = pooled.iter().find(|p| p.reading == trained.reading);
-        let rows = &read.context("the reading was not tried")?.rows;
-        let scores = rows.iter().map(|row| trained.score(row));
-        let scored: Vec<(f64, bool)> = scores.zip(labels.iter().copied()).collect();
-        candidates.push((reads, trained, scored));
+        candidates.push(match reads {
+            Reads::Latents => weighted(&read.latents, &search, reads, |t| {
+                t.gate_on_latents(c.site, SAE_NAME)
+            })?,
+            Reads::Residual => weighted(&read.residual, &search, reads, |t| {
+                t.gate_on_residual(c.site, &probed, sae.d_model())
+            })?,
+            Reads::Attention => {
+                let tokens = read.tokens.as_ref().context("no tokens were read")?;
+                attended(c, (tokens, &search), &probed, sae.d_model())?
+            }
+        });
     }
     // Stable: of equals the first named.
-    candidates.sort_by(|a, b| b.1.tried[0].auroc.total_cmp(&a.1.tried[0].auroc));
+    candidates.sort_by(|a, b| b.auroc.total_cmp(&a.auroc));
     let both = |name: &str, scored: &[(f64, bool)], threshold: f64| Beside {
         name: name.to_owned(),
         validation: detection(&scored[validation.clone()], threshold),
@@ -134,29 +125,29 @@ pub fn run(
     };
     let mut beside: Vec<Beside> = candidates[1..]
         .iter()
-        .map(|(reads, trained, scored)| both(in_words(*reads), scored, trained.threshold))
+        .map(|c| both(in_words(c.reads), &c.scored, c.gate.threshold.into()))
         .collect();
-    let (condition, by_condition) = condition(c, &residual, &labels, &train, &validation)?;
+    let (condition, by_condition) = condition(c, &read.residual, &labels, &train, &validation)?;
     beside.push(both(
         "the cosine condition",
         &by_condition,
         f64::from(condition.threshold),
     ));
-    let (reads, trained, mut scored) = candidates.swap_remove(0);
-    let mut gate = match reads {
-        Reads::Latents => trained.gate_on_latents(c.site, SAE_NAME),
-        Reads::Residual => trained.gate_on_residual(c.site, &probed, sae.d_model()),
-    };
-    let mut parts = Vec::new();
-    if !cfg.parts.is_empty() && gate.aggregate == Aggregate::Mean {
-        let judged = &prompts[validation.start..];
-        let n = validation.len();
-        let (tried, scores) =
-            with_parts(c, sae, &mut gate, judged, &labels[validation.start..], n)?;
-        parts = tried;
-        for (s, score) in scored[validation.start..].iter_mut().zip(scores) {
-            s.0 = score;
-        }
+    let Candidate {
+        reads,
+        mut gate,
+        tried,
+        mut scored,
+        ..
+    } = candidates.swap_remove(0);
+    if reads == Reads::Attention {
+        // It learnt from bf16: what is reported and calibrated is what it says of the residual as it is.
+        let rest = validation.start..prompts.len();
+        let exact = as_steered(c, sae, &gate, &prompts[rest.clone()])?;
+        scored[rest]
+            .iter_mut()
+            .zip(exact)
+            .for_each(|(s, e)| s.0 = e);
         gate.threshold = gate::threshold_at(&scored[validation.clone()], cfg.recall) as f32;
     }
     let threshold = f64::from(gate.threshold);
@@ -166,49 +157,98 @@ pub fn run(
     };
     Ok(Trained {
         gate,
-        parts,
+        tried,
         validation: report(&validation),
         test: report(&test),
-        tried: trained.tried.clone(),
         beside,
         condition,
     })
 }
 
-/// What is added to the mean of a part is looked for from here up to 0, in steps of a quarter; scores are log-odds.
-const LEAST_BIAS: f32 = -6.0;
+/// A gate that may be chosen.
+struct Candidate {
+    reads: Reads,
+    gate: Gate,
+    tried: Vec<Tried>,
+    /// On validation prompts.
+    auroc: f64,
+    /// Of all prompts: the score, and whether they are unsafe.
+    scored: Vec<(f64, bool)>,
+}
 
-/// Gives `gate` the part that tells the first `n` of `prompts`, those for validation, best apart, or none if the mean of
-/// all does; returns what was tried and the gate's scores of all `prompts`.
-fn with_parts(
+/// A weighted sum of what is pooled.
+fn weighted(
+    pooled: &[Pooled],
+    search: &Search<'_>,
+    reads: Reads,
+    gate: impl Fn(&gate::Trained) -> Gate,
+) -> Result<Candidate> {
+    let nothing = "no latent is active on the prompts: is it the right SAE?";
+    let trained = gate::train(pooled, search).context(nothing)?;
+    let read = pooled.iter().find(|p| p.reading == trained.reading);
+    let rows = &read.context("the reading was not tried")?.rows;
+    let scores = rows.iter().map(|row| trained.score(row));
+    Ok(Candidate {
+        reads,
+        gate: gate(&trained),
+        auroc: trained.tried[0].auroc,
+        scored: scores.zip(search.labels.iter().copied()).collect(),
+        tried: trained.tried,
+    })
+}
+
+/// Heads of attention over the tokens.
+fn attended(
     c: &StudyContext,
-    sae: &Sae,
-    gate: &mut Gate,
-    prompts: &[Prompt],
-    labels: &[bool],
-    n: usize,
-) -> Result<(Vec<TriedPart>, Vec<f64>)> {
-    let lengths = c
-        .study
-        .gate
-        .parts
-        .iter()
-        .map(|&tokens| Some(Part { tokens, bias: 0.0 }));
-    let lengths: Vec<Option<Part>> = std::iter::once(None).chain(lengths).collect();
-    // Gates are read in the order of their names.
-    let gates = lengths.iter().enumerate().map(|(i, part)| {
-        let gate = Gate {
-            part: *part,
-            ..gate.clone()
-        };
-        (format!("{i:04}"), gate)
-    });
+    (tokens, search): (&Tokens, &Search<'_>),
+    probed: &[Site],
+    d_model: usize,
+) -> Result<Candidate> {
+    let rows = tokens.rows();
+    let splits = (search.train.clone(), search.validation.clone());
+    let AttentionConfig {
+        heads,
+        epochs,
+        rate,
+    } = c.study.gate.attention;
+    let how = attention::Training {
+        heads,
+        epochs,
+        rate,
+        seed: c.study.seed,
+    };
+    let mut bar: Option<Progress> = None;
+    let on_batch = |done: usize, of: usize| {
+        bar.get_or_insert_with(|| Progress::new("heads", "batches", of as u64))
+            .advance(1);
+        if done == of {
+            bar.take().map(Progress::finish);
+        }
+    };
+    let trained = attention::train(&rows, search.labels, splits, search.recall, &how, on_batch);
+    let trained = trained.context("heads need unsafe and safe prompts to learn from")?;
+    note(format_args!(
+        "{:<12} AUROC {:.4} on validation prompts",
+        "heads", trained.auroc
+    ));
+    let scores = (0..search.labels.len()).map(|i| trained.score(&rows, i));
+    Ok(Candidate {
+        reads: Reads::Attention,
+        gate: trained.gate(c.site, probed, d_model),
+        tried: Vec::new(),
+        auroc: trained.auroc,
+        scored: scores.zip(search.labels.iter().copied()).collect(),
+    })
+}
+
+/// The gate's scores of prompts as it steers.
+fn as_steered(c: &StudyContext, sae: &Sae, gate: &Gate, prompts: &[Prompt]) -> Result<Vec<f64>> {
     let plan = SteeringPlan {
         version: PLAN_VERSION,
-        name: "parts".to_owned(),
+        name: GATE_NAME.to_owned(),
         description: None,
         saes: BTreeMap::from([(SAE_NAME.to_owned(), String::new())]),
-        gates: gates.collect(),
+        gates: BTreeMap::from([(GATE_NAME.to_owned(), gate.clone())]),
         interventions: Vec::new(),
     };
     let entry = SaeEntry {
@@ -222,59 +262,8 @@ fn with_parts(
     let plan = Arc::new(compile(&plan, &saes, spec.n_layers, spec.d_model)?);
     let items = c.items(&prompts.iter().collect::<Vec<_>>())?;
     let sequences: Vec<Sequence> = items.iter().map(|i| with_reply(i, &[])).collect();
-    let scores = scores(&c.loaded.model, &plan, lengths.len(), &sequences)?;
-    Ok(best_part(&scores, &lengths, labels, n, gate))
-}
-
-/// Gives `gate` the best part. `scores` are of a gate without one, then with those of `lengths`, whose bias is 0: with
-/// a bias below 0 the score is the larger of the mean and that one plus the bias, so that nothing has to be read again.
-fn best_part(
-    scores: &[Vec<f64>],
-    lengths: &[Option<Part>],
-    labels: &[bool],
-    n: usize,
-    gate: &mut Gate,
-) -> (Vec<TriedPart>, Vec<f64>) {
-    let with = |by_length: &[f64], bias: f32| -> Vec<f64> {
-        let both = scores[0].iter().zip(by_length);
-        both.map(|(mean, s)| mean.max(s + f64::from(bias)))
-            .collect()
-    };
-    let tells_apart = |scores: &[f64]| {
-        let of = |want: bool| -> Vec<f64> {
-            let both = scores[..n].iter().zip(labels).filter(|(_, l)| **l == want);
-            both.map(|(s, _)| *s).collect()
-        };
-        auroc(&of(true), &of(false))
-    };
-    let biases = (0..)
-        .map(|i| LEAST_BIAS + 0.25 * i as f32)
-        .take_while(|b| *b <= 0.0);
-    let mut tried = vec![TriedPart {
-        part: None,
-        auroc: tells_apart(&scores[0]),
-    }];
-    let mut best = (tried[0].clone(), scores[0].clone());
-    for (part, by_length) in lengths.iter().zip(scores).skip(1) {
-        let of_length = biases.clone().map(|bias| {
-            let scores = with(by_length, bias);
-            let tried = TriedPart {
-                part: part.map(|p| Part { bias, ..p }),
-                auroc: tells_apart(&scores),
-            };
-            (tried, scores)
-        });
-        // Of equals the lowest bias, with which a part says least.
-        let found = of_length.reduce(|a, b| if b.0.auroc > a.0.auroc { b } else { a });
-        if let Some(found) = found {
-            tried.push(found.0.clone());
-            if found.0.auroc > best.0.auroc {
-                best = found;
-            }
-        }
-    }
-    gate.part = best.0.part;
-    (tried, best.1)
+    let mut scores = scores(&c.loaded.model, &plan, 1, &sequences)?;
+    Ok(scores.swap_remove(0))
 }
 
 /// The scores of each of the plan's gates, by the very code that runs while a model is steered.
@@ -323,6 +312,7 @@ fn in_words(reads: Reads) -> &'static str {
     match reads {
         Reads::Latents => "a weighted sum of latents",
         Reads::Residual => "a linear probe on the residual",
+        Reads::Attention => "heads of attention on the residual",
     }
 }
 
@@ -413,70 +403,13 @@ fn condition(
     let scored: Vec<(f64, bool)> = scores.zip(labels.iter().copied()).collect();
     let threshold = gate::threshold_at(&scored[validation.clone()], c.study.gate.recall);
     let gate = Gate {
-        site: c.site.to_string(),
-        sae: None,
-        weights: Vec::new(),
         direction,
-        probes: Vec::new(),
-        membership: demur_steering::Membership::Exact,
-        bias: 0.0,
         aggregate: Aggregate::Last,
-        part: None,
+        membership: Membership::Exact,
         scope: Scope::Conversation,
         threshold: threshold as f32,
-        hysteresis: 0.0,
-        clear: None,
-        latch: false,
         roles: roles.to_vec(),
-        during_generation: false,
+        ..gate::blank(c.site)
     };
     Ok((gate, scored))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_part_that_tells_apart_is_found() {
-        // The mean of all says nothing. A part of 8 tokens does if what is added keeps the safe ones below: unsafe
-        // prompts have 4 there, safe ones 1 to 3 but for one; the last prompt is not for validation.
-        let labels = [true, true, false, false, false, true];
-        let mean = vec![0.0, 0.5, 0.5, 0.0, 0.25, 0.0];
-        let part = vec![4.0, 4.0, 1.0, 3.0, 4.5, 9.0];
-        let useless = vec![0.0, 0.5, 5.0, 5.0, 5.0, 5.0];
-        let lengths = [None, Some(4), Some(8)].map(|t| t.map(|tokens| Part { tokens, bias: 0.0 }));
-        let mut gate: Gate = serde_json::from_value(serde_json::json!({
-            "site": "blocks.1.hook_resid_post", "direction": [1.0], "aggregate": "mean", "threshold": 0.0,
-        }))
-        .unwrap();
-        let (tried, scores) = best_part(
-            &[mean.clone(), useless, part],
-            &lengths,
-            &labels,
-            5,
-            &mut gate,
-        );
-        // of 6 pairs: 0 < 0.5, 0 = 0, 0 < 0.25, 0.5 = 0.5, 0.5 > 0, 0.5 > 0.25
-        assert!((tried[0].auroc - 3.0 / 6.0).abs() < 1e-12);
-        assert_eq!(tried[0].part, None);
-        // below all biases that let it speak a part of 4 tokens changes nothing
-        assert_eq!(tried[1].part.unwrap().bias, LEAST_BIAS);
-        assert_eq!(tried[1].auroc, tried[0].auroc);
-        // 4 of 6 pairs, all but those with the last, from the bias at which 4 less it is above 0.5
-        let chosen = tried[2].part.unwrap();
-        assert_eq!((chosen.tokens, gate.part), (8, Some(chosen)));
-        assert!((tried[2].auroc - 4.0 / 6.0).abs() < 1e-12);
-        assert_eq!(chosen.bias, -3.25);
-        assert_eq!(scores, [0.75, 0.75, 0.5, 0.0, 1.25, 5.75]);
-        // Where no part helps there is none.
-        let (_, scores) = best_part(
-            &[mean.clone(), vec![0.0; 6]],
-            &lengths[..2],
-            &labels,
-            5,
-            &mut gate,
-        );
-        assert_eq!((gate.part, scores), (None, mean));
-    }
 }

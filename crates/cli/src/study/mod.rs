@@ -249,7 +249,7 @@ fn train_gate(
     let g = &c.study.gate;
     let what = (&c.study.prompts.system, &g.reads, &g.sites);
     let folder = run.folder("read", "gate", &what)?;
-    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall, &g.parts);
+    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall, g.attention);
     let trained = run.stage("gate", &inputs, |_| {
         gate::run(c, sae, &prompts, read::rows(c, sae, &prompts, &folder)?)
     })?;

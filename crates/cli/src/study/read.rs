@@ -1,21 +1,25 @@
 //! What a gate may see of each of its prompts, pooled and kept.
 //!
 //! `rows.f32` holds one record a prompt ([`Readings`]), appended as they are read; `keys` the SHA-256 of each
-//! one's text, in the same order. So reading goes on where it was killed, a gate is trained anew without the
+//! one's text, in the same order. For heads of attention `tokens.bf16` holds the user's tokens of each, all sites of a
+//! token in turn, and `tokens.ends` where each prompt's end. So reading goes on where it was killed, a gate is trained anew without the
 //! model, and of prompts that are added only these are read.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use demur_eval::prompts::{self, Known, Label, Prompt, Split};
 use demur_eval::wrap::{self, Wrapper};
 use demur_features::FeatureError;
+use demur_features::attention::TokenRows;
 use demur_features::gate::{self, Pooled, Readings};
 use demur_features::harvest::Sequence;
-use demur_model::hooks::Site;
+use demur_kernels::mmap::Mapped;
+use demur_model::hooks::{Role, Site};
 use demur_sae::Sae;
 use sha2::{Digest, Sha256};
 
@@ -23,56 +27,101 @@ use super::config::{GateConfig, Reads};
 use super::{StudyContext, with_reply};
 use crate::progress::{Progress, note};
 
-/// The files in the folder, and the bytes of a key.
+/// The files in the folder, and the bytes of a key and of an end.
 const ROWS: &str = "rows.f32";
 const KEYS: &str = "keys";
+const TOKENS: &str = "tokens.bf16";
+const ENDS: &str = "tokens.ends";
 const KEY: usize = 32;
+const END: usize = 8;
 /// The style of a prompt under a wrapper.
 pub const WRAPPED: &str = "wrapped";
 
-/// What is pooled of `prompts`: latents' rows and the residual's, a row a prompt. What is not in `folder` is read,
-/// and added.
-pub fn rows(
-    c: &StudyContext,
-    sae: &Sae,
-    prompts: &[Prompt],
-    folder: &Path,
-) -> Result<(Vec<Pooled>, Vec<Pooled>)> {
-    let readings = Readings::new(
-        latents(c, sae).map(Sae::d_sae),
-        sae.d_model(),
-        sites(c)?.len(),
-    );
+/// What is read of prompts, a row a prompt.
+pub struct ReadPrompts {
+    /// The latents', in each way of reading.
+    pub latents: Vec<Pooled>,
+    /// The residual's.
+    pub residual: Vec<Pooled>,
+    /// The residual of each token; if heads of attention are to be trained.
+    pub tokens: Option<Tokens>,
+}
+
+/// Tokens of prompts, in a file.
+pub struct Tokens {
+    file: Mapped,
+    /// Of each prompt.
+    places: Vec<Range<usize>>,
+    width: usize,
+}
+
+impl Tokens {
+    /// The rows of the prompts.
+    pub fn rows(&self) -> TokenRows<'_> {
+        let of_prompts = self.places.iter().map(|p| &self.file[p.clone()]);
+        TokenRows {
+            prompts: of_prompts.collect(),
+            width: self.width,
+        }
+    }
+}
+
+/// What is read of `prompts`. What is not in `folder` is read, and added.
+pub fn rows(c: &StudyContext, sae: &Sae, prompts: &[Prompt], folder: &Path) -> Result<ReadPrompts> {
+    let sites = sites(c)?;
+    let readings = Readings::new(latents(c, sae).map(Sae::d_sae), sae.d_model(), sites.len());
     let bytes = 4 * readings.record_len();
-    let (mut rows, mut keys) = (open(&folder.join(ROWS))?, open(&folder.join(KEYS))?);
-    let mut known = Vec::new();
-    keys.read_to_end(&mut known)
-        .with_context(|| format!("read {}", folder.join(KEYS).display()))?;
-    // A torn record, or one without its key, was being written when the process was killed.
-    let n = (known.len() / KEY).min((rows.metadata()?.len() / bytes as u64) as usize);
-    rows.set_len((n * bytes) as u64)?;
-    keys.set_len((n * KEY) as u64)?;
+    let width = sites.len() * sae.d_model();
+    let mut kept = Kept::open(
+        folder,
+        bytes,
+        c.study.gate.reads.contains(&Reads::Attention),
+    )?;
     let mut place: HashMap<Key, usize> = HashMap::new();
-    place.extend(known.as_chunks().0[..n].iter().copied().zip(0..));
+    place.extend(kept.known.iter().copied().zip(0..));
     let missing: Vec<&Prompt> = prompts
         .iter()
         .filter(|p| !place.contains_key(&key(p)))
         .collect();
     if !missing.is_empty() {
         let done = prompts.len() - missing.len();
-        read(c, sae, &missing, done, &mut rows, &mut keys)
+        read(c, sae, &missing, done, &mut kept)
             .with_context(|| format!("keep what was read in {}", folder.display()))?;
-        place.extend(missing.iter().map(|p| key(p)).zip(n..));
+        place.extend(missing.iter().map(|p| key(p)).zip(kept.known.len()..));
     }
+    let tokens = match kept.tokens {
+        Some((_, mut ends)) => {
+            ends.rewind()?;
+            let mut all = Vec::new();
+            ends.read_to_end(&mut all)?;
+            let ends = all.as_chunks().0.iter();
+            let ends: Vec<usize> = ends.map(|b| u64::from_le_bytes(*b) as usize).collect();
+            let from = |n: usize| n.checked_sub(1).map_or(0, |before| ends[before]);
+            let places = prompts.iter().map(|p| place[&key(p)]);
+            Some(Tokens {
+                file: Mapped::open(&folder.join(TOKENS))?,
+                places: places.map(|n| from(n)..ends[n]).collect(),
+                width,
+            })
+        }
+        None => None,
+    };
     let mut record = vec![0; bytes];
     let records = prompts.iter().map(|p| -> Result<Vec<f32>> {
-        rows.seek(SeekFrom::Start((place[&key(p)] * bytes) as u64))?;
-        rows.read_exact(&mut record)
+        kept.rows
+            .seek(SeekFrom::Start((place[&key(p)] * bytes) as u64))?;
+        kept.rows
+            .read_exact(&mut record)
             .with_context(|| format!("read {}", folder.join(ROWS).display()))?;
         let values = record.as_chunks().0.iter();
         Ok(values.map(|b| f32::from_le_bytes(*b)).collect())
     });
-    readings.pooled(records)
+    let (latents, residual) = readings.pooled(records)?;
+    Ok(ReadPrompts {
+        latents,
+        residual,
+        tokens,
+    })
 }
 
 type Key = [u8; KEY];
@@ -82,11 +131,68 @@ fn key(p: &Prompt) -> Key {
     Sha256::digest(&p.prompt).into()
 }
 
-fn open(path: &Path) -> Result<File> {
-    let mut how = OpenOptions::new();
-    let how = how.read(true).append(true).create(true);
-    how.open(path)
-        .with_context(|| format!("open {}", path.display()))
+/// The files of a folder, whole records of them.
+struct Kept {
+    rows: File,
+    keys: File,
+    /// Tokens and their ends, if they are kept, and how many bytes of tokens there are.
+    tokens: Option<(File, File)>,
+    end: u64,
+    known: Vec<Key>,
+}
+
+impl Kept {
+    /// Opens the files, and cuts what was being written when the process was killed: a torn record, or one without
+    /// its key.
+    fn open(folder: &Path, record: usize, with_tokens: bool) -> Result<Self> {
+        let open = |name: &str| {
+            let path = folder.join(name);
+            let mut how = OpenOptions::new();
+            let how = how.read(true).append(true).create(true);
+            how.open(&path)
+                .with_context(|| format!("open {}", path.display()))
+        };
+        let whole = |mut file: &File| -> Result<Vec<u8>> {
+            let mut all = Vec::new();
+            file.read_to_end(&mut all)
+                .with_context(|| format!("read {}", folder.display()))?;
+            Ok(all)
+        };
+        let (rows, keys) = (open(ROWS)?, open(KEYS)?);
+        let known = whole(&keys)?;
+        let mut known: Vec<Key> = known.as_chunks().0.to_vec();
+        known.truncate((rows.metadata()?.len() / record as u64) as usize);
+        let (mut tokens, mut end) = (None, 0);
+        if with_tokens {
+            let (file, ends_file) = (open(TOKENS)?, open(ENDS)?);
+            let ends = whole(&ends_file)?;
+            let mut ends: Vec<u64> = ends
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| u64::from_le_bytes(*b))
+                .collect();
+            let there = file.metadata()?.len();
+            ends.truncate(known.len());
+            while ends.last().is_some_and(|end| *end > there) {
+                ends.pop();
+            }
+            known.truncate(ends.len());
+            end = ends.last().copied().unwrap_or_default();
+            file.set_len(end)?;
+            ends_file.set_len((ends.len() * END) as u64)?;
+            tokens = Some((file, ends_file));
+        }
+        rows.set_len((known.len() * record) as u64)?;
+        keys.set_len((known.len() * KEY) as u64)?;
+        Ok(Self {
+            rows,
+            keys,
+            tokens,
+            end,
+            known,
+        })
+    }
 }
 
 /// Reads prompts, of which there are `done` others, and appends their records and keys.
@@ -95,14 +201,16 @@ fn read(
     sae: &Sae,
     prompts: &[&Prompt],
     done: usize,
-    rows: &mut File,
-    keys: &mut File,
+    kept: &mut Kept,
 ) -> Result<()> {
     let items = c.items(prompts)?;
     let sequences: Vec<Sequence> = items.iter().map(|i| with_reply(i, &[])).collect();
     let bar = Progress::new("gate", "prompts", (done + prompts.len()) as u64);
     bar.resume(done as u64);
-    let mut out = BufWriter::with_capacity(1 << 20, &*rows);
+    let buffered = |file| BufWriter::with_capacity(1 << 20, file);
+    let (mut rows, mut keys) = (buffered(&kept.rows), &kept.keys);
+    let mut tokens = kept.tokens.as_ref().map(|(t, e)| (buffered(t), e));
+    let mut end = kept.end;
     let mut failed = None;
     let result = gate::read(
         &c.loaded.model,
@@ -110,10 +218,19 @@ fn read(
         latents(c, sae),
         &sequences,
         c.study.model.batch_tokens,
-        |i, record| {
-            let bytes: Vec<u8> = record.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let kept = out.write_all(&bytes);
-            match kept.and_then(|()| keys.write_all(&key(prompts[i]))) {
+        |i, record, by_site| {
+            let mut keep = || -> std::io::Result<()> {
+                let bytes: Vec<u8> = record.iter().flat_map(|v| v.to_le_bytes()).collect();
+                rows.write_all(&bytes)?;
+                if let Some((tokens, ends)) = &mut tokens {
+                    let bytes = of_users_tokens(&sequences[i].roles, by_site);
+                    tokens.write_all(&bytes)?;
+                    end += bytes.len() as u64;
+                    ends.write_all(&end.to_le_bytes())?;
+                }
+                keys.write_all(&key(prompts[i]))
+            };
+            match keep() {
                 Ok(()) => bar.advance(1),
                 Err(e) => {
                     failed = Some(e);
@@ -127,9 +244,29 @@ fn read(
         return Err(e.into());
     }
     result?;
-    out.flush()?;
+    rows.flush()?;
+    if let Some((tokens, _)) = &mut tokens {
+        tokens.flush()?;
+    }
     bar.finish();
     Ok(())
+}
+
+/// The user's tokens as [`TokenRows`] has them; the first token of all is an attention sink and is not read.
+fn of_users_tokens(roles: &[Role], by_site: &[&[f32]]) -> Vec<u8> {
+    let read = (1..roles.len()).filter(|&t| roles[t] == Role::User);
+    let of_token = read.flat_map(|t| {
+        by_site.iter().flat_map(move |x| {
+            let d = x.len() / roles.len();
+            &x[t * d..(t + 1) * d]
+        })
+    });
+    // The nearest bf16, ties to even; the residual is finite.
+    let rounded = of_token.map(|v| {
+        let bits = v.to_bits();
+        ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+    });
+    rounded.flat_map(u16::to_le_bytes).collect()
 }
 
 fn latents<'a>(c: &StudyContext, sae: &'a Sae) -> Option<&'a Sae> {

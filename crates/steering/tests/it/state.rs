@@ -256,12 +256,67 @@ fn probes_at_several_sites_are_one_score() {
         let gate = p.gates.get_mut("unsafe").unwrap();
         gate.probes = vec![probe("layers.0", [1.0, 0.0])];
     });
-    assert!(both.unwrap_err().to_string().contains("one of the three"));
+    assert!(both.unwrap_err().to_string().contains("one of the four"));
     let infinite = plan(|p| {
         change(0.0, "layers.1")(p);
         p.gates.get_mut("unsafe").unwrap().probes[0].direction[1] = f32::INFINITY;
     });
     assert!(infinite.unwrap_err().to_string().contains("probes"));
+}
+
+#[test]
+fn heads_at_several_sites_are_one_score() {
+    use demur_steering::{Aggregate, Head, Probe};
+    let probe = |site: &str, direction: [f32; 2]| Probe {
+        site: site.to_owned(),
+        direction: direction.to_vec(),
+    };
+    let attend = |late: &'static str| {
+        move |p: &mut SteeringPlan| {
+            let gate = p.gates.get_mut("unsafe").unwrap();
+            gate.weights.clear();
+            // Of the first site the query and half of the value, of the second the other half.
+            gate.heads = vec![
+                Head {
+                    query: vec![probe("layers.0", [2f32.ln(), 0.0])],
+                    value: vec![probe("layers.0", [0.0, 0.5]), probe(late, [0.0, 0.5])],
+                },
+                Head {
+                    query: vec![],
+                    value: vec![probe("layers.1", [1.0, 0.0])],
+                },
+            ];
+            (gate.site, gate.aggregate) = ("layers.1".to_owned(), Aggregate::Attention);
+            gate.threshold = 6.0;
+        }
+    };
+    let compiled = plan(attend("layers.1")).unwrap();
+    let mut talk = Talk::new(&compiled);
+    // Weights 2 : 8 of 3 and 6, and the mean of 1 and 3.
+    let prompt = [
+        BOS,
+        (Role::User, 1.0, 3.0),
+        (Role::User, 3.0, 6.0),
+        (Role::Template, 9.0, 9.0),
+    ];
+    talk.pass(false, &prompt);
+    let gate = &talk.state.audit().unwrap()["gates"][0];
+    let expected = (2.0 * 3.0 + 8.0 * 6.0) / 10.0 + 2.0;
+    assert!(
+        (gate["score"].as_f64().unwrap() - expected).abs() < 1e-5,
+        "{gate}"
+    );
+    assert_eq!(gate["open"], true);
+    let e = plan(attend("layers.2")).unwrap_err().to_string();
+    assert!(
+        e.contains("heads[0].value[1]") && e.contains("blocks.2"),
+        "{e}"
+    );
+    let mean = plan(|p| {
+        attend("layers.1")(p);
+        p.gates.get_mut("unsafe").unwrap().aggregate = Aggregate::Mean;
+    });
+    assert!(mean.unwrap_err().to_string().contains("attention"));
 }
 
 /// Without gates a prompt may come in pieces: rows and audit are as if it came whole.

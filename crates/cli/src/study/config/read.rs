@@ -238,8 +238,11 @@ impl Study {
         if !(g.recall > 0.0 && g.recall <= 1.0) {
             bail!("gate.recall: give a fraction above 0, at most 1");
         }
-        if g.parts.contains(&0) {
-            bail!("gate.parts: give lengths in tokens, each at least 1");
+        let a = &g.attention;
+        if !(a.heads > 0 && a.epochs > 0 && a.rate > 0.0 && a.rate < 1.0) {
+            bail!(
+                "gate.attention: give heads and epochs of at least 1, and a rate between 0 and 1"
+            );
         }
         if !(0.0..=1.0).contains(&g.wrapped) {
             bail!("gate.wrapped: give a fraction between 0 and 1");
@@ -314,7 +317,6 @@ impl Study {
                 s.max_kl
             );
         }
-        only_once("gate.parts", &self.gate.parts)?;
         only_once("tune.values", &self.tune.values)?;
         only_once("tune.set_sizes", &self.tune.set_sizes)?;
         only_once("calibrate.clamp", &self.calibrate.clamp)?;
@@ -480,8 +482,8 @@ mod tests {
         refused("gate.sizes=[0]", "gate.sizes");
         refused("gate.l2=[0.0]", "gate.l2");
         refused("gate.recall=1.5", "gate.recall");
-        refused("gate.parts=[16, 0]", "gate.parts");
-        refused("gate.parts=[16, 16]", "gate.parts");
+        refused("gate.attention={heads=0}", "gate.attention");
+        refused("gate.attention={rate=nan}", "gate.attention");
         refused("discovery.attribution.prompts=2", "attribution.prompts");
         refused("discovery.attribution.steps=4", "attribution.prompts");
         refused("discovery.attribution={prompts=8, steps=65}", "at most 64");
