@@ -94,14 +94,14 @@ impl Attention {
     }
 
     /// The gate of a plan that gives these log-odds, read from the residual at `sites`, `d_model` columns each; it
-    /// decides at `site`.
+    /// decides at `site`. Of each weight five digits are kept: there are many, and a plan is a text.
     pub fn gate(&self, site: Site, sites: &[Site], d_model: usize) -> Gate {
         let probes = |column: &[f32]| -> Vec<Probe> {
             let of_sites = sites.iter().zip(column.chunks_exact(d_model));
             of_sites
                 .map(|(site, direction)| Probe {
                     site: site.to_string(),
-                    direction: direction.to_vec(),
+                    direction: direction.iter().map(|v| rounded(*v)).collect(),
                 })
                 .collect()
         };
@@ -373,6 +373,11 @@ impl Heads {
     }
 }
 
+/// To five significant digits.
+fn rounded(v: f32) -> f32 {
+    format!("{v:.4e}").parse().unwrap_or(v)
+}
+
 /// Fisher and Yates.
 fn shuffled(of: &[usize], draws: &mut Draws) -> Vec<usize> {
     let mut order = of.to_vec();
@@ -543,7 +548,7 @@ mod tests {
             }
             let gate = &state.audit().unwrap()["gates"][0];
             let (steered, trained) = (gate["score"].as_f64().unwrap(), found.score(&rows, prompt));
-            assert!((steered - trained).abs() < 1e-5, "{steered} {trained}");
+            assert!((steered - trained).abs() < 1e-3, "{steered} {trained}");
         }
     }
 

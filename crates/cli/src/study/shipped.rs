@@ -54,8 +54,9 @@ mod tests {
         assert_eq!(plan.saes["main"], sha256);
         let gate = &plan.gates["unsafe"];
         assert!(
-            gate.probes
+            gate.heads
                 .iter()
+                .flat_map(|h| h.query.iter().chain(&h.value))
                 .all(|p| p.direction.len() == sae.d_model())
         );
         // Where the gate is open and where it is clear the same latent is pushed opposite ways.
