@@ -130,26 +130,29 @@ pub fn train(
     mut on_batch: impl FnMut(usize, usize),
 ) -> Option<Attention> {
     let learnt: Vec<usize> = train.filter(|&i| rows.tokens(i) > 0).collect();
-    let unsafe_ = learnt.iter().filter(|&&i| labels[i]).count();
-    if how.heads == 0 || unsafe_ == 0 || unsafe_ == learnt.len() {
+    let n_unsafe = learnt.iter().filter(|&&i| labels[i]).count();
+    if how.heads == 0 || n_unsafe == 0 || n_unsafe == learnt.len() {
         return None;
     }
     let scale = Scale::of(rows, &learnt);
     let n = learnt.len() as f64;
     // Both classes have half of the weight; on average 1.
-    let weight = [n / (2.0 * (n - unsafe_ as f64)), n / (2.0 * unsafe_ as f64)];
-    let mut heads = Heads::zero(how.heads, rows.width);
+    let weight = [
+        n / (2.0 * (n - n_unsafe as f64)),
+        n / (2.0 * n_unsafe as f64),
+    ];
+    let mut heads = Heads::new(how.heads, rows.width);
     let mut adam = Adam::new(heads.values.len());
     let of_epoch = learnt.len().div_ceil(BATCH);
     let steps = of_epoch * how.epochs;
+    let mut order = learnt;
     let mut draws = Draws::new(how.seed);
     for step in 0..steps {
-        let order = (step % of_epoch == 0).then(|| shuffled(&learnt, &mut draws));
-        if let Some(order) = order {
-            heads.order = order;
+        if step % of_epoch == 0 {
+            shuffle(&mut order, &mut draws);
         }
         let from = step % of_epoch * BATCH;
-        let batch = &heads.order[from..learnt.len().min(from + BATCH)];
+        let batch = &order[from..order.len().min(from + BATCH)];
         let parts: Vec<Vec<f32>> = batch
             .par_chunks(PART)
             .map(|part| {
@@ -284,12 +287,10 @@ struct Heads {
     width: usize,
     /// Query and value of each head, `[2 * heads][width]`, and the bias.
     values: Vec<f32>,
-    /// Prompts in the order of this pass.
-    order: Vec<usize>,
 }
 
 impl Heads {
-    fn zero(heads: usize, width: usize) -> Self {
+    fn new(heads: usize, width: usize) -> Self {
         let mut values = vec![0.0; 2 * heads * width + 1];
         // Values that differ break the symmetry of the heads; queries are zero.
         let mut draws = Draws::new(0);
@@ -303,7 +304,6 @@ impl Heads {
             heads,
             width,
             values,
-            order: Vec::new(),
         }
     }
 
@@ -379,12 +379,10 @@ fn rounded(v: f32) -> f32 {
 }
 
 /// Fisher and Yates.
-fn shuffled(of: &[usize], draws: &mut Draws) -> Vec<usize> {
-    let mut order = of.to_vec();
+fn shuffle(order: &mut [usize], draws: &mut Draws) {
     for i in (1..order.len()).rev() {
         order.swap(i, draws.below(i + 1));
     }
-    order
 }
 
 struct Adam {
@@ -557,7 +555,7 @@ mod tests {
         let (prompts, _) = needles(4);
         let rows = rows(&prompts, 2);
         let scale = Scale::of(&rows, &[0, 1, 2, 3]);
-        let mut heads = Heads::zero(2, 2);
+        let mut heads = Heads::new(2, 2);
         let mut draws = Draws::new(1);
         for v in &mut heads.values {
             *v = draws.below(1000) as f32 / 500.0 - 1.0;

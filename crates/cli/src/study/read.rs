@@ -418,6 +418,45 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_was_being_written_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        };
+        let length = |name: &str| folder.path().join(name).metadata().unwrap().len();
+        let ends: Vec<u8> = [4u64, 10, 12]
+            .iter()
+            .flat_map(|e| e.to_le_bytes())
+            .collect();
+        // Three prompts of records of 8 bytes; the third one's tokens are not whole, and a fourth's row is torn.
+        write(KEYS, &[7; 3 * KEY + 5]);
+        write(ROWS, &[1; 3 * 8 + 3]);
+        write(ENDS, &ends);
+        write(TOKENS, &[2; 11]);
+        let kept = Kept::open(folder.path(), 8, true).unwrap();
+        assert_eq!((kept.known.len(), kept.end), (2, 10));
+        let lengths = [KEYS, ROWS, ENDS, TOKENS].map(length);
+        assert_eq!(lengths, [2 * KEY as u64, 16, 2 * END as u64, 10]);
+        // Without tokens only records and keys count.
+        write(KEYS, &[7; 3 * KEY]);
+        write(ROWS, &[1; 3 * 8]);
+        let kept = Kept::open(folder.path(), 8, false).unwrap();
+        assert_eq!(kept.known.len(), 3);
+        assert!(kept.tokens.is_none());
+    }
+
+    #[test]
+    fn of_a_prompt_the_users_tokens_are_kept_but_the_first_of_all() {
+        use Role::{Template, User};
+        let sites: [&[f32]; 2] = [&[1.0, 2.0, 3.0, 4.0], &[-1.0, -2.0, -3.0, 1.003_906_2]];
+        let bytes = of_users_tokens(&[User, User, Template, User], &sites);
+        let bits = bytes.as_chunks::<2>().0.iter();
+        let values = bits.map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+        // The last one lies half-way between two, and is rounded to the even one.
+        assert_eq!(values.collect::<Vec<f32>>(), [2.0, -2.0, 4.0, 1.0]);
+    }
+
+    #[test]
     fn a_wrapper_is_around_as_many_of_either_label_and_in_one_split() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("w.jsonl");

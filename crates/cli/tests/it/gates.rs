@@ -24,6 +24,26 @@ fn a_gate_on_the_residual_is_trained_tested_and_used() {
     assert_eq!(sites[0], "blocks.0.hook_resid_mid");
 }
 
+#[test]
+fn a_gate_of_heads_is_trained_tested_and_used() {
+    let trained = trained_tested_and_used(
+        "gate.reads=[\"residual\", \"attention\"]",
+        "gate.attention={heads=3, epochs=40, rate=0.02}",
+    );
+    // Whichever of the two is better on validation prompts; the other one is beside it.
+    assert_eq!(trained["beside"].as_array().unwrap().len(), 2);
+    let trained = trained_tested_and_used(
+        "gate.reads=[\"attention\"]",
+        "gate.attention={heads=3, epochs=40, rate=0.02}",
+    );
+    let heads = trained["gate"]["heads"].as_array().unwrap();
+    assert_eq!(heads.len(), 3);
+    let site = &heads[2]["value"][0]["site"];
+    assert_eq!(trained["gate"]["site"], *site);
+    assert_eq!(trained["gate"]["aggregate"], "attention");
+    assert!(trained["tried"].as_array().unwrap().is_empty());
+}
+
 /// Trains a gate, tests it, and runs the arms that use it; gives what was trained.
 fn trained_tested_and_used(reads: &str, sites: &str) -> serde_json::Value {
     let place = Place::new();
