@@ -260,16 +260,14 @@ impl Scale {
             })
             .collect();
         let n = parts.iter().map(|p| p.2).sum::<usize>().max(1) as f64;
-        let total = |j: usize, of: fn(&(Vec<f64>, Vec<f64>, usize)) -> &Vec<f64>| -> f64 {
-            parts.iter().map(|p| of(p)[j]).sum::<f64>() / n
-        };
         let mut scale = Self {
             mean: Vec::with_capacity(rows.width),
             inverse: Vec::with_capacity(rows.width),
         };
         for j in 0..rows.width {
-            let mean = total(j, |p| &p.0);
-            let variance = total(j, |p| &p.1) - mean * mean;
+            let mean = parts.iter().map(|p| p.0[j]).sum::<f64>() / n;
+            let square = parts.iter().map(|p| p.1[j]).sum::<f64>() / n;
+            let variance = square - mean * mean;
             let positive = variance > 1e-12 * mean * mean && variance > 0.0;
             scale.mean.push(mean as f32);
             scale.inverse.push(match positive {

@@ -221,8 +221,8 @@ fn attended(
     let on_batch = |done: usize, of: usize| {
         bar.get_or_insert_with(|| Progress::new("heads", "batches", of as u64))
             .advance(1);
-        if done == of {
-            bar.take().map(Progress::finish);
+        if let Some(bar) = bar.take_if(|_| done == of) {
+            bar.finish();
         }
     };
     let trained = attention::train(&rows, search.labels, splits, search.recall, &how, on_batch);
