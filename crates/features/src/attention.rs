@@ -13,9 +13,11 @@
 
 use std::ops::Range;
 
+use demur_kernels::adam::Adam;
 use demur_kernels::ops::{axpy, dot};
 use demur_model::hooks::Site;
 use demur_steering::{Aggregate, Gate, Head, Probe};
+use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -26,9 +28,6 @@ use crate::stats::{Draws, auroc};
 /// Prompts of a minibatch, and of a part of it that is summed apart.
 const BATCH: usize = 64;
 const PART: usize = 4;
-/// Adam's rates of decay, and what keeps it from dividing by zero.
-const BETA: (f32, f32) = (0.9, 0.999);
-const EPSILON: f32 = 1e-8;
 /// Steps of the warm-up.
 const WARM_UP: usize = 50;
 
@@ -47,7 +46,7 @@ impl TokenRows<'_> {
         let bytes = 2 * self.width;
         let row = &self.prompts[prompt][token * bytes..(token + 1) * bytes];
         for (o, b) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-            *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+            *o = bf16::from_le_bytes(*b).to_f32();
         }
     }
 
@@ -82,6 +81,12 @@ pub struct Attention {
 }
 
 impl Attention {
+    /// The log-odds of each of `prompts`.
+    pub fn scores(&self, rows: &TokenRows<'_>, prompts: Range<usize>) -> Vec<f64> {
+        let each = prompts.into_par_iter();
+        each.map(|i| self.score(rows, i)).collect()
+    }
+
     /// The log-odds of a prompt; the bias alone if it has no tokens.
     pub fn score(&self, rows: &TokenRows<'_>, prompt: usize) -> f64 {
         let mut x = vec![0.0; rows.width];
@@ -142,7 +147,8 @@ pub fn train(
         n / (2.0 * n_unsafe as f64),
     ];
     let mut heads = Heads::new(how.heads, rows.width);
-    let mut adam = Adam::new(heads.values.len());
+    let zeros = vec![0.0; heads.values.len()];
+    let (mut first, mut second) = (zeros.clone(), zeros);
     let of_epoch = learnt.len().div_ceil(BATCH);
     let steps = of_epoch * how.epochs;
     let mut order = learnt;
@@ -171,16 +177,11 @@ pub fn train(
         }
         let warm = ((step + 1) as f64 / WARM_UP.min(steps) as f64).min(1.0);
         let rate = how.rate * warm * (1.0 - step as f64 / steps as f64);
-        adam.step(&mut heads.values, &gradient, rate as f32);
+        Adam::new(rate, step + 1).update(&mut heads.values, &mut first, &mut second, &gradient);
         on_batch(step + 1, steps);
     }
     let mut attention = heads.folded(&scale);
-    let scores = |attention: &Attention, of: Range<usize>| -> Vec<f64> {
-        of.into_par_iter()
-            .map(|i| attention.score(rows, i))
-            .collect()
-    };
-    let raw = scores(&attention, validation.clone());
+    let raw = attention.scores(rows, validation.clone());
     let labels = &labels[validation];
     let column: Vec<Vec<f64>> = raw.iter().map(|s| vec![*s]).collect();
     let platt = fit(&column, labels, PLATT_L2);
@@ -383,36 +384,6 @@ fn shuffle(order: &mut [usize], draws: &mut Draws) {
     }
 }
 
-struct Adam {
-    first: Vec<f32>,
-    second: Vec<f32>,
-    steps: i32,
-}
-
-impl Adam {
-    fn new(n: usize) -> Self {
-        Self {
-            first: vec![0.0; n],
-            second: vec![0.0; n],
-            steps: 0,
-        }
-    }
-
-    fn step(&mut self, values: &mut [f32], gradient: &[f32], rate: f32) {
-        self.steps += 1;
-        let unbiased = (
-            1.0 / (1.0 - BETA.0.powi(self.steps)),
-            1.0 / (1.0 - BETA.1.powi(self.steps)),
-        );
-        let moments = self.first.iter_mut().zip(&mut self.second);
-        for ((v, g), (m, s)) in values.iter_mut().zip(gradient).zip(moments) {
-            *m = BETA.0 * *m + (1.0 - BETA.0) * g;
-            *s = BETA.1 * *s + (1.0 - BETA.1) * g * g;
-            *v -= rate * (*m * unbiased.0) / ((*s * unbiased.1).sqrt() + EPSILON);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -420,8 +391,9 @@ mod tests {
     /// Rows of `width` columns as a file has them.
     fn bytes(tokens: &[Vec<f32>]) -> Vec<u8> {
         let values = tokens.iter().flatten();
-        let bits = values.map(|v| (v.to_bits() >> 16) as u16);
-        bits.flat_map(u16::to_le_bytes).collect()
+        values
+            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+            .collect()
     }
 
     fn rows(prompts: &[Vec<u8>], width: usize) -> TokenRows<'_> {

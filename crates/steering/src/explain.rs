@@ -231,6 +231,26 @@ mod tests {
     }
 
     #[test]
+    fn heads_read_as_a_sentence() {
+        let gate = |heads: &str| -> Gate {
+            let text = format!(
+                "site = 'layers.3'\naggregate = 'attention'\nthreshold = 0.5\nroles = ['user']\nheads = [{heads}]"
+            );
+            toml::from_str(&text).unwrap()
+        };
+        let probes =
+            "[{ site = 'layers.1', direction = [1.0] }, { site = 'layers.3', direction = [1.0] }]";
+        let head = format!("{{ query = {probes}, value = {probes} }}");
+        assert_eq!(
+            explain_gate("g", &gate(&head)),
+            "Gate 'g' is open when, at layers.3, the sum of what 1 head of attention takes from the \
+             residual at layers.1, layers.3 reaches 0.5. It reads tokens of role user."
+        );
+        let two = explain_gate("g", &gate(&format!("{head}, {head}")));
+        assert!(two.contains("2 heads of attention take from"), "{two}");
+    }
+
+    #[test]
     fn gates_and_conditions_read_as_sentences() {
         let plan = SteeringPlan::from_toml(
             r#"

@@ -4,8 +4,8 @@
 //! of latents, `s_t = bias + sum_j w_j f_j(x_t)`, or the cosine with a direction,
 //! `s_t = bias + cos(x_t, v)` (the condition vector of CAST, 2409.05907), or linear probes of the
 //! residual at its site and earlier ones, `s_t = bias + sum_l x_t^l . v_l`. The scores become one by
-//! [`Aggregate`]. Or its heads say themselves which tokens count, see [`Head`]. The gate is open while that is at or above `threshold`. With `hysteresis = h` an
-//! open gate closes only below `threshold - h`; with `latch` it never closes again in a
+//! [`Aggregate`]. Or its heads say themselves which tokens count, see [`Head`]. The gate is open while
+//! that is at or above `threshold`. With `hysteresis = h` an open gate closes only below `threshold - h`; with `latch` it never closes again in a
 //! conversation. With `scope = "turn"` each user's turn is judged by its own tokens and those after
 //! it. Below `clear`, if a gate has it, the gate is clear: what it looks for is surely not there; between
 //! the two it is neither. Interventions name gates in a [`Condition`], composed with `all`, `any`, `not`
@@ -78,8 +78,8 @@ pub struct Gate {
     pub during_generation: bool,
 }
 
-/// A head of attention over the tokens that a gate reads: with `q_t = sum_l x_t^l . query_l` and `v_t = sum_l x_t^l . value_l`
-/// its value is `sum_t softmax(q)_t v_t`. So it finds the few tokens that tell in a text that is much longer, such as a
+/// A head of attention over the tokens that a gate reads: with `q_t = sum_l x_t^l . query_l` and
+/// `v_t = sum_l x_t^l . value_l` its value is `sum_t softmax(q)_t v_t`. So it finds the few tokens that tell in a text that is much longer, such as a
 /// jailbreak's wrapper. A gate's score is `bias` plus the values of its heads (the attention probes of Shabalin and
 /// Belrose 2025).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use demur_kernels::ops::dot;
 use demur_model::hooks::{InterventionState, Role, Rows, Site};
 use demur_sae::{Codes, Sae};
 use serde_json::{Value, json};
@@ -153,8 +154,11 @@ impl CompiledGate {
             let d = p.direction.len();
             state.pending.resize(resid.len() / d * self.columns, 0.0);
             let of_row = state.pending.chunks_exact_mut(self.columns);
-            for (sums, x) in of_row.zip(resid.chunks_exact(d)) {
-                sums[p.at] += x.iter().zip(&p.direction).map(|(a, b)| a * b).sum::<f32>();
+            let rows_read = of_row.zip(resid.chunks_exact(d)).zip(rows.roles);
+            for ((sums, x), role) in rows_read {
+                if rows.generated || self.gate.reads(*role) {
+                    sums[p.at] += dot(x, &p.direction);
+                }
             }
         }
     }

@@ -231,13 +231,16 @@ fn attended(
         "{:<12} AUROC {:.4} on validation prompts",
         "heads", trained.auroc
     ));
-    let scores = (0..search.labels.len()).map(|i| trained.score(&rows, i));
+    let scores = trained.scores(&rows, 0..search.labels.len());
     Ok(Candidate {
         reads: Reads::Attention,
         gate: trained.gate(c.site, probed, d_model),
         tried: Vec::new(),
         auroc: trained.auroc,
-        scored: scores.zip(search.labels.iter().copied()).collect(),
+        scored: scores
+            .into_iter()
+            .zip(search.labels.iter().copied())
+            .collect(),
     })
 }
 

@@ -21,6 +21,7 @@ use demur_features::harvest::Sequence;
 use demur_kernels::mmap::Mapped;
 use demur_model::hooks::{Role, Site};
 use demur_sae::Sae;
+use half::bf16;
 use sha2::{Digest, Sha256};
 
 use super::config::{GateConfig, Reads};
@@ -261,12 +262,9 @@ fn of_users_tokens(roles: &[Role], by_site: &[&[f32]]) -> Vec<u8> {
             &x[t * d..(t + 1) * d]
         })
     });
-    // The nearest bf16, ties to even; the residual is finite.
-    let rounded = of_token.map(|v| {
-        let bits = v.to_bits();
-        ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
-    });
-    rounded.flat_map(u16::to_le_bytes).collect()
+    of_token
+        .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+        .collect()
 }
 
 fn latents<'a>(c: &StudyContext, sae: &'a Sae) -> Option<&'a Sae> {
@@ -450,8 +448,8 @@ mod tests {
         use Role::{Template, User};
         let sites: [&[f32]; 2] = [&[1.0, 2.0, 3.0, 4.0], &[-1.0, -2.0, -3.0, 1.003_906_2]];
         let bytes = of_users_tokens(&[User, User, Template, User], &sites);
-        let bits = bytes.as_chunks::<2>().0.iter();
-        let values = bits.map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+        let values = bytes.as_chunks().0.iter();
+        let values = values.map(|b| bf16::from_le_bytes(*b).to_f32());
         // The last one lies half-way between two, and is rounded to the even one.
         assert_eq!(values.collect::<Vec<f32>>(), [2.0, -2.0, 4.0, 1.0]);
     }
