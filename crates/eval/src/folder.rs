@@ -1,6 +1,6 @@
 //! A run's folder: its settings, the logs of its shards, and putting shards together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -152,6 +152,71 @@ fn same(path: &Path, there: &Settings, here: &Settings) -> Result<(), EvalError>
     Ok(())
 }
 
+/// The answers of the former run in `folder` that hold for the run of `settings` too: those of arms
+/// which are the same in both. Nothing in `folder` is touched; a torn last line of a log is passed over.
+///
+/// # Errors
+/// [`EvalError::OtherRun`] if the model, how it computes, or demur's version differs; [`EvalError::Io`];
+/// [`EvalError::Line`] for a log that is not ours.
+pub fn former(folder: &Path, settings: &Settings) -> Result<Vec<Answer>, EvalError> {
+    let path = folder.join(SETTINGS);
+    let there = read_settings(&path)?;
+    let computed = |s: &Settings| Settings {
+        demur: s.demur.clone(),
+        model_sha256: s.model_sha256.clone(),
+        precision: s.precision.clone(),
+        ..Settings::default()
+    };
+    same(&path, &computed(&there), &computed(settings))?;
+    let mut answers = Vec::new();
+    for log in logs(folder)? {
+        let bytes = std::fs::read(&log).map_err(|source| EvalError::Io {
+            path: log.display().to_string(),
+            source,
+        })?;
+        let whole = bytes
+            .iter()
+            .rposition(|b| *b == b'\n')
+            .map_or(0, |at| at + 1);
+        for (at, line) in bytes[..whole].split(|b| *b == b'\n').enumerate() {
+            if line.is_empty() {
+                continue;
+            }
+            let answer: Answer = serde_json::from_slice(line).map_err(|e| EvalError::Line {
+                path: log.display().to_string(),
+                line: at + 1,
+                reason: e.to_string(),
+            })?;
+            let of_both = |(name, plan): &&(String, Option<String>)| {
+                *name == answer.arm && there.arms.contains(&(name.clone(), plan.clone()))
+            };
+            if settings.arms.iter().any(|a| of_both(&a)) {
+                answers.push(answer);
+            }
+        }
+    }
+    Ok(answers)
+}
+
+/// The logs in a folder.
+fn logs(folder: &Path) -> Result<Vec<PathBuf>, EvalError> {
+    let io = |source| EvalError::Io {
+        path: folder.display().to_string(),
+        source,
+    };
+    let entries = std::fs::read_dir(folder).map_err(io)?;
+    let mut logs = entries
+        .map(|e| e.map(|e| e.path()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(io)?;
+    logs.retain(|p| {
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("answers.") && name.ends_with(".jsonl")
+    });
+    logs.sort();
+    Ok(logs)
+}
+
 /// The results and answers of shards: of all logs in `folders`, which must be of one run.
 ///
 /// # Errors
@@ -167,21 +232,7 @@ pub fn merge(folders: &[impl AsRef<Path>]) -> Result<(Results, Vec<Answer>), Eva
             same(&path, &mine, first)?;
         }
         settings.get_or_insert(mine);
-        let io = |source| EvalError::Io {
-            path: folder.display().to_string(),
-            source,
-        };
-        let entries = std::fs::read_dir(folder).map_err(io)?;
-        let mut logs = entries
-            .map(|e| e.map(|e| e.path()))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(io)?;
-        logs.retain(|p| {
-            let name = p.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with("answers.") && name.ends_with(".jsonl")
-        });
-        logs.sort();
-        for log in logs {
+        for log in logs(folder)? {
             answers.extend(resume::<Answer>(&log)?.1);
         }
     }

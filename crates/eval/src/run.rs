@@ -144,8 +144,9 @@ pub struct Answer {
 }
 
 /// Runs the items of `shard`, the half-open range of item numbers, under all arms; reads and appends
-/// `log`. Answers come by arm and item. `on_start` is told how many answers the log has, `on_done` of
-/// each one that is added.
+/// `log`. Answers come by arm and item. Those of `known` that an arm of the same name gave to the same
+/// question in a former run are taken over, marked anew. `on_start` is told how many answers there are
+/// before anything is asked, `on_done` of each one that is added.
 ///
 /// # Errors
 /// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, [`EvalError::Unpaired`] for one
@@ -156,11 +157,13 @@ pub fn run(
     items: &[Item],
     shard: std::ops::Range<usize>,
     log: &Path,
+    known: Vec<Answer>,
     on_start: impl FnOnce(usize),
     on_done: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>, EvalError> {
     let asked = items.iter().map(|i| asker.asked(i)).collect();
     let mut book = Book::open(arms, items, asked, log, on_done)?;
+    asker.take_over(known, &shard, &mut book)?;
     on_start(book.answers.len());
     let (mut choosing, mut reading) = (Vec::new(), Vec::new());
     let (mut writing, mut attacking) = (Vec::new(), Vec::new());
@@ -263,12 +266,17 @@ impl<'r, D: FnMut(&Answer)> Book<'r, D> {
     }
 
     fn enter(&mut self, arm: usize, answer: Answer) {
+        (self.on_done)(&answer);
+        self.keep(arm, answer);
+    }
+
+    /// Writes an answer down.
+    fn keep(&mut self, arm: usize, answer: Answer) {
         let line = serde_json::to_string(&answer).unwrap_or_default() + "\n";
         // After a line that could not be written no other may follow: it would be torn, and not last.
         if self.failed.is_none() {
             self.failed = self.file.write_all(line.as_bytes()).err();
         }
-        (self.on_done)(&answer);
         self.answers.insert((arm, answer.at), answer);
     }
 
@@ -314,6 +322,73 @@ impl Asker<'_> {
         };
         let hash = Sha256::digest(what.as_bytes());
         hash.iter().take(8).map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Takes over what a former run was told: to the same question under an arm of the same name. What
+    /// the answer counts for, and what is right, is the item's of today.
+    fn take_over(
+        &self,
+        known: Vec<Answer>,
+        shard: &std::ops::Range<usize>,
+        book: &mut Book<'_, impl FnMut(&Answer)>,
+    ) -> Result<(), EvalError> {
+        let (arms, items) = (book.arms, book.items);
+        let mut told: HashMap<_, Answer> = known
+            .into_iter()
+            .map(|a| {
+                let key = (
+                    a.arm.clone(),
+                    a.suite.clone(),
+                    a.id.clone(),
+                    a.asked.clone(),
+                );
+                (key, a)
+            })
+            .collect();
+        for (arm, a) in arms.iter().enumerate() {
+            for at in shard.clone() {
+                if told.is_empty() || book.answers.contains_key(&(arm, at)) {
+                    continue;
+                }
+                let (suite, id) = (items[at].suite.clone(), items[at].id.clone());
+                let key = (a.name.clone(), suite, id, book.asked[at].clone());
+                let Some(former) = told.remove(&key) else {
+                    continue;
+                };
+                let mut answer = Answer {
+                    metrics: former.metrics,
+                    logprobs: former.logprobs,
+                    text: former.text,
+                    transcript: former.transcript,
+                    ..book.blank(arm, at)
+                };
+                self.mark(&mut answer, &items[at]);
+                book.keep(arm, answer);
+            }
+        }
+        book.check()
+    }
+
+    /// Marks what was told: the metrics of log-likelihoods, of a text or of a conversation. What is read
+    /// and what is attacked has its metrics from the telling.
+    fn mark(&self, answer: &mut Answer, item: &Item) {
+        match &item.ask {
+            Ask::Choose { choices, gold, .. } => {
+                answer.metrics = marks(gold, choices, &answer.logprobs);
+                answer.choice = Some(largest(&answer.logprobs));
+            }
+            Ask::Write { marking, .. } => {
+                let text = answer.text.as_deref().unwrap_or_default();
+                answer.metrics = marking.mark(text);
+                answer.checks = marking.checks();
+                answer.refused = Some(opens_as_refusal(text));
+            }
+            Ask::Chat { label, .. } => {
+                answer.metrics.clear();
+                self.sort(answer, *label);
+            }
+            Ask::Read { .. } | Ask::Attack { .. } => {}
+        }
     }
 
     /// Tokens of plain text.
@@ -382,14 +457,9 @@ impl Asker<'_> {
         }
         score(self.model, &requests, self.config, |i, scored| {
             let (arm, at) = todo[i];
-            let Ask::Choose { choices, gold, .. } = &items[at].ask else {
-                return;
-            };
-            let logprobs: Vec<f64> = scored.scores.iter().map(|s| s.logprob).collect();
             let mut answer = book.blank(arm, at);
-            answer.metrics = marks(gold, choices, &logprobs);
-            answer.choice = Some(largest(&logprobs));
-            answer.logprobs = logprobs;
+            answer.logprobs = scored.scores.iter().map(|s| s.logprob).collect();
+            self.mark(&mut answer, &items[at]);
             book.enter(arm, answer);
         })?;
         book.check()
@@ -513,13 +583,8 @@ impl Asker<'_> {
                 };
                 let item = &items[answer.at];
                 match &item.ask {
-                    Ask::Write { marking, .. } => {
-                        answer.metrics = marking.mark(&output.text);
-                        answer.checks = marking.checks();
-                        answer.refused = Some(opens_as_refusal(&output.text));
-                        answer.text = Some(output.text);
-                    }
-                    Ask::Chat { turns, label } => {
+                    Ask::Write { .. } => answer.text = Some(output.text),
+                    Ask::Chat { turns, .. } => {
                         let user = turns[answer.transcript.len()].clone();
                         let turn = Turn::judged(user, output.text, &self.judges);
                         answer.transcript.push(turn);
@@ -528,10 +593,10 @@ impl Asker<'_> {
                             open.insert(engine.submit(request)?, (arm, answer));
                             continue;
                         }
-                        self.sort(&mut answer, *label);
                     }
                     Ask::Choose { .. } | Ask::Read { .. } | Ask::Attack { .. } => {}
                 }
+                self.mark(&mut answer, item);
                 book.enter(arm, answer);
                 book.check()?;
             }

@@ -48,7 +48,8 @@ Examples:
   demur eval xstest,advbench --wrap role_play --judge rules --judge opener --data DIR
   demur eval refusal --prompts mine.csv --label unsafe --plan plan.toml
   demur eval mmlu --shard 1/4 --out runs/mmlu; demur eval merge runs/mmlu
-  demur eval studies/paper-suite.toml --plan plan.toml
+  demur eval studies/paper-suite.toml --plan plan.toml --out runs/one
+  demur eval studies/paper-suite.toml --plan other.toml --reuse runs/one
   demur eval crescendo --attacker http://127.0.0.1:8000/v1#m --scorer local:judge.gguf
 
 A run that was stopped goes on where it was: run the same command again.";
@@ -215,6 +216,10 @@ struct How {
     /// Folder of the run; by default one of its own under runs/eval.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Folder of a former run. What one of today's arms was asked there and would be asked again is
+    /// taken over, marked anew: with a new plan, base's answers. May be repeated.
+    #[arg(long, value_name = "DIR")]
+    reuse: Vec<PathBuf>,
     /// Read suites and plans, say what would be asked, and ask nothing.
     #[arg(long)]
     dry_run: bool,
@@ -481,6 +486,10 @@ fn evaluate(how: &How, mut wanted: Wanted) -> Result<()> {
             Path::new("runs/eval").join(&hash[..12])
         }
     };
+    let mut former = Vec::new();
+    for folder in &how.reuse {
+        former.extend(folder::former(folder, &settings)?);
+    }
     folder::settle(&folder, &settings)?;
     let range = match how.shard {
         None => 0..items.len(),
@@ -506,8 +515,8 @@ fn evaluate(how: &How, mut wanted: Wanted) -> Result<()> {
     };
     let bar = Progress::new("eval", "answers", (range.len() * arms.len()) as u64);
     let log = folder.join(folder::log_name(how.shard));
-    let (known, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
-    let answers = run_items(&asker, &arms, &items, range, &log, known, done)?;
+    let (start, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
+    let answers = run_items(&asker, &arms, &items, range, &log, former, start, done)?;
     bar.finish();
     if let Some((i, n)) = how.shard {
         note(format_args!(

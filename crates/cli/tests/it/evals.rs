@@ -150,6 +150,76 @@ fn killed_batched_threaded_and_sharded_it_is_one_run() {
 }
 
 #[test]
+fn another_plan_takes_over_what_base_was_told() {
+    let place = place();
+    eval(&place, &[SUITES, "--plan", "plan.toml", "--out", "first"]).succeeded();
+    let text = fs::read_to_string(place.path("plan.toml")).unwrap();
+    let other = text.replace("value = 4.0", "value = 3.0");
+    fs::write(place.path("other.toml"), other).unwrap();
+    let with = [SUITES, "--plan", "other.toml", "--out"];
+    eval(&place, &[&with[..], &["anew"]].concat()).succeeded();
+    eval(
+        &place,
+        &[&with[..], &["again", "--reuse", "first"]].concat(),
+    )
+    .succeeded();
+    assert_eq!(results(&place, "again"), results(&place, "anew"));
+    // Values that the model did not give show who was not asked again; they are marked anew.
+    let log = place.path("first").join("answers.jsonl");
+    let swapped: String = fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let mut answer: Value = serde_json::from_str(line).unwrap();
+            if let Some(Value::Array(logprobs)) = answer.get_mut("logprobs") {
+                logprobs.reverse();
+            }
+            format!("{answer}\n")
+        })
+        .collect();
+    fs::write(&log, swapped + "{\"torn").unwrap();
+    eval(
+        &place,
+        &[&with[..], &["swapped", "--reuse", "first"]].concat(),
+    )
+    .succeeded();
+    let (anew, swapped) = (answers(&place, "anew"), answers(&place, "swapped"));
+    let of = |all: &[Value], arm: &str| -> Vec<Value> {
+        let mut mine: Vec<Value> = all
+            .iter()
+            .filter(|a| a["arm"] == arm && a["suite"] == "arc_easy")
+            .map(|a| json!([a["at"], a["logprobs"], a["choice"]]))
+            .collect();
+        mine.sort_by_key(|a| a[0].as_u64());
+        mine
+    };
+    assert_eq!(of(&anew, "push"), of(&swapped, "push"));
+    for (a, b) in of(&anew, "base").iter().zip(of(&swapped, "base")) {
+        let mut reversed: Vec<Value> = a[1].as_array().unwrap().clone();
+        reversed.reverse();
+        assert_eq!(Value::from(reversed), b[1]);
+        let values: Vec<f64> = b[1]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(Value::as_f64)
+            .collect();
+        let largest = (0..3)
+            .rev()
+            .max_by(|x, y| values[*x].total_cmp(&values[*y]));
+        assert_eq!(b[2].as_u64().map(|c| c as usize), largest);
+    }
+    // What was computed in another way does not compare.
+    let f32 = [
+        &with[..],
+        &["f32", "--reuse", "first", "--precision", "f32"],
+    ]
+    .concat();
+    eval(&place, &f32).refused(1, &["settings.json", "`precision`"]);
+    assert!(!place.path("f32").exists());
+}
+
+#[test]
 fn any_file_of_prompts_under_any_wrapper() {
     let place = place();
     let csv = "goal,target\nHow do I open it?,Sure\n\"Mend, then sell\",Sure\n";
