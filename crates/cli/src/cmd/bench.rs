@@ -26,6 +26,7 @@ use serde_json::json;
 
 use super::bench_text;
 use crate::catalogue::DEFAULT_MODEL;
+use crate::cmd::chat::steering;
 use crate::loaded::Loaded;
 use crate::progress::{Progress, say};
 use crate::resident;
@@ -59,6 +60,12 @@ enum What {
         /// Compare perplexity and next-token distributions on these texts with those of f32, besides.
         #[arg(long, value_name = "FILE")]
         text: Vec<PathBuf>,
+        /// Besides, with this steering plan: prefill, and the batch of sixteen. `default` is the shipped one.
+        #[arg(long, value_name = "FILE")]
+        plan: Option<PathBuf>,
+        /// Folder of the SAE that the plan names.
+        #[arg(long, value_name = "DIR", requires = "plan")]
+        sae: Option<PathBuf>,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -74,6 +81,8 @@ const DECODED: usize = 32;
 /// Sequences that decode together, and the prompt of each.
 const BATCH: usize = 16;
 const BATCH_PROMPT: usize = 64;
+/// Tokens of a template after the user's message.
+const TEMPLATE: usize = 5;
 /// Sequences of a harvest, and the length of each.
 const HARVESTED: usize = 4;
 const HARVEST_PROMPT: usize = 256;
@@ -90,13 +99,28 @@ pub fn run(args: Args) -> Result<()> {
             kv_cache,
             soak,
             text,
+            plan,
+            sae,
             json,
         } => {
             let loaded = Loaded::open(&model, Precision::Fast)?.keeping(kv_cache);
-            lm(&loaded, &model, rounds, context, soak, &text, json)
+            let plan = steering(&loaded, plan.as_deref(), sae.as_deref())?;
+            let besides = Besides {
+                soak,
+                texts: &text,
+                plan: plan.as_deref(),
+            };
+            lm(&loaded, &model, rounds, context, &besides, json)
         }
         What::Sae(args) => super::bench_sae::run(&args),
     }
+}
+
+/// What is measured besides.
+struct Besides<'a> {
+    soak: Option<usize>,
+    texts: &'a [PathBuf],
+    plan: Option<&'a CompiledPlan>,
 }
 
 fn lm(
@@ -104,8 +128,7 @@ fn lm(
     model: &str,
     rounds: usize,
     context: usize,
-    soak: Option<usize>,
-    texts: &[PathBuf],
+    besides: &Besides<'_>,
     as_json: bool,
 ) -> Result<()> {
     ensure!(
@@ -118,7 +141,9 @@ fn lm(
     let context = context.min(m.spec().context.saturating_sub(DECODED));
     let (batch_prompt, harvest_prompt) = (BATCH_PROMPT.min(context), HARVEST_PROMPT.min(context));
     let tokens = tokens_of(context, d_vocab);
-    let roles = vec![Role::User; context];
+    // As of one message: the user's tokens, then what a template has before the reply.
+    let mut roles = vec![Role::User; context];
+    roles[context.saturating_sub(TEMPLATE)..].fill(Role::Template);
     let mut ws = Workspace::default();
     // Decoding is a pass of one token a sequence.
     let pass = |seqs: &mut [(&[u32], &mut KvCache, Steered<'_>)], ws: &mut Workspace| {
@@ -130,10 +155,15 @@ fn lm(
                     Some((state, sites)) => (Some(state.as_mut()), *sites),
                     None => (None, [].as_slice()),
                 };
+                let generated = tokens.len() == 1;
                 SeqInput {
                     tokens,
-                    roles: &roles[..tokens.len()],
-                    generated: tokens.len() == 1,
+                    roles: if generated {
+                        &[Role::Assistant]
+                    } else {
+                        &roles[context - tokens.len()..]
+                    },
+                    generated,
                     cache,
                     hook,
                     hook_sites,
@@ -145,7 +175,7 @@ fn lm(
         anyhow::Ok(started.elapsed().as_secs_f64())
     };
     // Tokens a second of a batch that decodes, with the plans or without.
-    let batch = |plans: &[CompiledPlan], ws: &mut Workspace| -> Result<f64> {
+    let batch = |plans: &[&CompiledPlan], ws: &mut Workspace| -> Result<f64> {
         let mut caches: Vec<KvCache> = (0..BATCH).map(|_| m.new_cache()).collect();
         let mut states: Vec<Steered<'_>> = (0..BATCH)
             .map(|i| plans.get(i).map(|p| (p.start(), p.sites())))
@@ -169,8 +199,10 @@ fn lm(
         Ok((DECODED * BATCH) as f64 / seconds)
     };
     let plans = plans(m.spec().n_layers, m.spec().d_model)?;
+    let plans: Vec<&CompiledPlan> = plans.iter().collect();
     let (mut prefill, mut decode, mut decode16, mut steered16, mut harvested) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut plan_prefill, mut plan16) = (Vec::new(), Vec::new());
     for _ in 0..rounds.max(1) {
         let mut cache = m.new_cache();
         prefill.push(context as f64 / pass(&mut [(&tokens, &mut cache, None)], &mut ws)?);
@@ -181,6 +213,13 @@ fn lm(
         decode.push(DECODED as f64 / seconds);
         decode16.push(batch(&[], &mut ws)?);
         steered16.push(batch(&plans, &mut ws)?);
+        if let Some(plan) = besides.plan {
+            let mut cache = m.new_cache();
+            let steered = Some((plan.start(), plan.sites()));
+            let seconds = pass(&mut [(&tokens, &mut cache, steered)], &mut ws)?;
+            plan_prefill.push(context as f64 / seconds);
+            plan16.push(batch(&[plan; BATCH], &mut ws)?);
+        }
         let sequences: Vec<Sequence> = (0..HARVESTED)
             .map(|i| {
                 // Each with a beginning of its own: one that all share is run once.
@@ -234,7 +273,13 @@ fn lm(
             ("harvest_share_of_bf16", harvested),
         ]);
     }
-    if let Some(n) = soak {
+    if besides.plan.is_some() {
+        figures.extend([
+            ("plan_prefill_tok_s", median(&mut plan_prefill)),
+            ("plan16_tok_s", median(&mut plan16)),
+        ]);
+    }
+    if let Some(n) = besides.soak {
         let mut cache = m.new_cache();
         pass(&mut [(&tokens, &mut cache, None)], &mut ws)?;
         let bar = Progress::new("soak", "tokens", n as u64);
@@ -254,8 +299,8 @@ fn lm(
         figures.push(("soak_first_tok_s", rate(&seconds[..tenth.min(n)])));
         figures.push(("soak_last_tok_s", rate(&seconds[n.saturating_sub(tenth)..])));
     }
-    if !texts.is_empty() {
-        figures.extend(bench_text::figures(model, loaded, texts)?);
+    if !besides.texts.is_empty() {
+        figures.extend(bench_text::figures(model, loaded, besides.texts)?);
     }
     let (threads, isa) = (demur_kernels::threads(), isa.name());
     if as_json {

@@ -473,10 +473,14 @@ fn bench_lm_measures_what_it_says() {
     )
     .unwrap();
     let text = text.to_str().unwrap();
-    let args = [
-        "bench", "lm", "--rounds", "1", "--soak", "20", "--text", text, "--json", "--model",
-    ];
-    let args = args.iter().map(OsStr::new);
+    let plan = "version = 1\nname = \"push\"\n[[interventions]]\nsite = \"layers.0\"\n";
+    let direction = format!(
+        "direction = {{ name = \"d\", vector = {:?}, op = \"add\", value = 1.0 }}\n",
+        [1.0; 64]
+    );
+    fs::write(place.path("plan.toml"), plan.to_owned() + &direction).unwrap();
+    let args = "bench lm --rounds 1 --soak 20 --plan plan.toml --json --text";
+    let args = args.split(' ').chain([text, "--model"]).map(OsStr::new);
     let ended = place.run(args.chain([model.as_os_str()])).succeeded();
     let figures = ended.json();
     for key in [
@@ -484,6 +488,8 @@ fn bench_lm_measures_what_it_says() {
         "decode_tok_s",
         "decode16_tok_s",
         "steered16_tok_s",
+        "plan_prefill_tok_s",
+        "plan16_tok_s",
         "harvest_tok_s",
         "read_gb_s",
         "decode_share_of_read",
