@@ -144,9 +144,8 @@ pub struct Answer {
 }
 
 /// Runs the items of `shard`, the half-open range of item numbers, under all arms; reads and appends
-/// `log`. Answers come by arm and item. Those of `known` that an arm of the same name gave to the same
-/// question in a former run are taken over, marked anew. `on_start` is told how many answers there are
-/// before anything is asked, `on_done` of each one that is added.
+/// `log`. Answers come by arm and item. `on_start` is told how many answers the log has, `on_done` of
+/// each one that is added.
 ///
 /// # Errors
 /// [`EvalError::Io`], [`EvalError::Line`] for a log that is not ours, [`EvalError::Unpaired`] for one
@@ -157,13 +156,11 @@ pub fn run(
     items: &[Item],
     shard: std::ops::Range<usize>,
     log: &Path,
-    known: Vec<Answer>,
     on_start: impl FnOnce(usize),
     on_done: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>, EvalError> {
     let asked = items.iter().map(|i| asker.asked(i)).collect();
     let mut book = Book::open(arms, items, asked, log, on_done)?;
-    asker.take_over(known, &shard, &mut book)?;
     on_start(book.answers.len());
     let (mut choosing, mut reading) = (Vec::new(), Vec::new());
     let (mut writing, mut attacking) = (Vec::new(), Vec::new());
@@ -184,12 +181,56 @@ pub fn run(
     asker.read(&mut reading, &mut book)?;
     asker.write(&writing, &mut book)?;
     asker.attack(&attacking, &mut book)?;
-    book.file.sync_all().map_err(|source| EvalError::Io {
-        path: log.display().to_string(),
-        source,
-    })?;
+    book.sync()?;
     let order = (0..arms.len()).flat_map(|arm| shard.clone().map(move |at| (arm, at)));
     Ok(order.filter_map(|key| book.answers.remove(&key)).collect())
+}
+
+/// Writes into `log` what a former run was told: those of `told` that an arm of the same name gave to the
+/// same question, for items of `shard` that the log has no answer to. What an answer counts for, and what
+/// is right, is the item's of today.
+///
+/// # Errors
+/// As [`run`], of which nothing is asked.
+pub fn take_over(
+    asker: &Asker<'_>,
+    arms: &[Arm],
+    items: &[Item],
+    shard: std::ops::Range<usize>,
+    log: &Path,
+    told: Vec<Answer>,
+) -> Result<(), EvalError> {
+    let asked = items.iter().map(|i| asker.asked(i)).collect();
+    let mut book = Book::open(arms, items, asked, log, |_: &_| ())?;
+    let key =
+        |arm: &str, suite: &str, id: &str, asked: &str| [arm, suite, id, asked].map(str::to_owned);
+    let mut told: HashMap<_, Answer> = told
+        .into_iter()
+        .map(|a| (key(&a.arm, &a.suite, &a.id, &a.asked), a))
+        .collect();
+    for (arm, Arm { name, .. }) in arms.iter().enumerate() {
+        for at in shard.clone() {
+            let item = &items[at];
+            let key = key(name, &item.suite, &item.id, &book.asked[at]);
+            let Some(former) = told.remove(&key) else {
+                continue;
+            };
+            if book.answers.contains_key(&(arm, at)) {
+                continue;
+            }
+            let mut answer = Answer {
+                metrics: former.metrics,
+                logprobs: former.logprobs,
+                text: former.text,
+                transcript: former.transcript,
+                ..book.blank(arm, at)
+            };
+            asker.mark(&mut answer, item);
+            book.enter(arm, answer);
+            book.check()?;
+        }
+    }
+    book.sync()
 }
 
 /// What is asked of whom, the log, and what is in it by arm and item.
@@ -266,27 +307,27 @@ impl<'r, D: FnMut(&Answer)> Book<'r, D> {
     }
 
     fn enter(&mut self, arm: usize, answer: Answer) {
-        (self.on_done)(&answer);
-        self.keep(arm, answer);
-    }
-
-    /// Writes an answer down.
-    fn keep(&mut self, arm: usize, answer: Answer) {
         let line = serde_json::to_string(&answer).unwrap_or_default() + "\n";
         // After a line that could not be written no other may follow: it would be torn, and not last.
         if self.failed.is_none() {
             self.failed = self.file.write_all(line.as_bytes()).err();
         }
+        (self.on_done)(&answer);
         self.answers.insert((arm, answer.at), answer);
     }
 
     fn check(&mut self) -> Result<(), EvalError> {
-        match self.failed.take() {
-            None => Ok(()),
-            Some(source) => Err(EvalError::Io {
-                path: self.path.display().to_string(),
-                source,
-            }),
+        self.failed.take().map_or(Ok(()), |e| Err(self.io(e)))
+    }
+
+    fn sync(&self) -> Result<(), EvalError> {
+        self.file.sync_all().map_err(|e| self.io(e))
+    }
+
+    fn io(&self, source: std::io::Error) -> EvalError {
+        EvalError::Io {
+            path: self.path.display().to_string(),
+            source,
         }
     }
 }
@@ -322,51 +363,6 @@ impl Asker<'_> {
         };
         let hash = Sha256::digest(what.as_bytes());
         hash.iter().take(8).map(|b| format!("{b:02x}")).collect()
-    }
-
-    /// Takes over what a former run was told: to the same question under an arm of the same name. What
-    /// the answer counts for, and what is right, is the item's of today.
-    fn take_over(
-        &self,
-        known: Vec<Answer>,
-        shard: &std::ops::Range<usize>,
-        book: &mut Book<'_, impl FnMut(&Answer)>,
-    ) -> Result<(), EvalError> {
-        let (arms, items) = (book.arms, book.items);
-        let mut told: HashMap<_, Answer> = known
-            .into_iter()
-            .map(|a| {
-                let key = (
-                    a.arm.clone(),
-                    a.suite.clone(),
-                    a.id.clone(),
-                    a.asked.clone(),
-                );
-                (key, a)
-            })
-            .collect();
-        for (arm, a) in arms.iter().enumerate() {
-            for at in shard.clone() {
-                if told.is_empty() || book.answers.contains_key(&(arm, at)) {
-                    continue;
-                }
-                let (suite, id) = (items[at].suite.clone(), items[at].id.clone());
-                let key = (a.name.clone(), suite, id, book.asked[at].clone());
-                let Some(former) = told.remove(&key) else {
-                    continue;
-                };
-                let mut answer = Answer {
-                    metrics: former.metrics,
-                    logprobs: former.logprobs,
-                    text: former.text,
-                    transcript: former.transcript,
-                    ..book.blank(arm, at)
-                };
-                self.mark(&mut answer, &items[at]);
-                book.keep(arm, answer);
-            }
-        }
-        book.check()
     }
 
     /// Marks what was told: the metrics of log-likelihoods, of a text or of a conversation. What is read

@@ -19,7 +19,7 @@ use demur_eval::judge::{self, Judge, Prompted};
 use demur_eval::leak::not_leaked;
 use demur_eval::prompts::{self, Label, Split};
 use demur_eval::results::Results;
-use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block};
+use demur_eval::run::{Answer, Arm, Asker, run as run_items, shard as block, take_over};
 use demur_eval::suites::{Item, Pick, SUITES, safety};
 use demur_eval::talk::{Local, Remote, Talker};
 use demur_eval::wrap;
@@ -486,9 +486,9 @@ fn evaluate(how: &How, mut wanted: Wanted) -> Result<()> {
             Path::new("runs/eval").join(&hash[..12])
         }
     };
-    let mut former = Vec::new();
-    for folder in &how.reuse {
-        former.extend(folder::former(folder, &settings)?);
+    let mut told = Vec::new();
+    for former in &how.reuse {
+        told.extend(folder::former(former, &settings)?);
     }
     folder::settle(&folder, &settings)?;
     let range = match how.shard {
@@ -515,8 +515,11 @@ fn evaluate(how: &How, mut wanted: Wanted) -> Result<()> {
     };
     let bar = Progress::new("eval", "answers", (range.len() * arms.len()) as u64);
     let log = folder.join(folder::log_name(how.shard));
-    let (start, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
-    let answers = run_items(&asker, &arms, &items, range, &log, former, start, done)?;
+    if !told.is_empty() {
+        take_over(&asker, &arms, &items, range.clone(), &log, told)?;
+    }
+    let (known, done) = (|n| bar.resume(n as u64), |_: &_| bar.advance(1));
+    let answers = run_items(&asker, &arms, &items, range, &log, known, done)?;
     bar.finish();
     if let Some((i, n)) = how.shard {
         note(format_args!(
