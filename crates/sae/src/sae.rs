@@ -5,6 +5,8 @@
 //! decoder rows are contiguous. Large batches are encoded in tiles, so that the pre-activations of a
 //! whole batch are never held.
 
+use std::cmp::Ordering;
+
 use demur_kernels::gemm::{Matrix, matmul_with};
 use demur_kernels::ops::{axpy, dot};
 use rayon::prelude::*;
@@ -244,6 +246,38 @@ impl Sae {
         };
         let p = dot(x, row) - dot(&self.centre, row) + self.b_enc[j];
         self.activation.of(j, p)
+    }
+
+    /// Activation of latent `j` on one row as [`Self::encode`] of that row alone gives it, to the bit, and
+    /// without the whole encode where less tells: a latent that is not positive is not active, and of
+    /// TopK one that `k` others come before is not either.
+    ///
+    /// # Shapes
+    /// `x` is `[d_model]`.
+    pub fn active(&self, x: &[f32], j: usize) -> f32 {
+        let d = self.cfg.d_model;
+        let mut x = x.to_vec();
+        self.wiring.input_norm.apply(&mut x);
+        x.iter_mut().zip(&self.centre).for_each(|(x, b)| *x -= b);
+        let pre = |i: usize| dot(&x, &self.w_enc_t[i * d..(i + 1) * d]) + self.b_enc[i];
+        let p = pre(j);
+        let Activation::TopK { k } = self.activation else {
+            let f = self.activation.of(j, p);
+            return if f > 0.0 { f } else { 0.0 };
+        };
+        if p <= 0.0 {
+            return 0.0;
+        }
+        let before = |i: &usize| match pre(*i).total_cmp(&p) {
+            Ordering::Greater => true,
+            Ordering::Equal => *i < j,
+            Ordering::Less => false,
+        };
+        let others = (0..self.cfg.d_sae).filter(|i| *i != j);
+        if others.filter(before).take(k).count() == k {
+            return 0.0;
+        }
+        p
     }
 
     /// Latent activations of `n` rows.
@@ -512,6 +546,55 @@ mod tests {
         assert_eq!(sae.latent(&[3.0, -2.0], 1), 0.0);
         // one row alone is coded as in a batch
         assert_eq!(sae.encode(&[3.0, -2.0], 1).val, [2.0, 1.5]);
+        // 2, -2, -2, 1.5: of two, the first and the last; of one, the first.
+        let each = |k, x: &[f32]| [0, 1, 2, 3].map(|j| cross(k).active(x, j));
+        assert_eq!(each(2, &[3.0, -2.0]), [2.0, 0.0, 0.0, 1.5]);
+        assert_eq!(each(1, &[3.0, -2.0]), [2.0, 0.0, 0.0, 0.0]);
+        // 1, 1, -1, -1.5: of equal ones the first.
+        assert_eq!(each(1, &[2.0, 1.0]), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn one_latent_is_as_in_the_whole_code() {
+        let (d, m) = (24, 96);
+        let mut state = 7u32;
+        let mut noise = |n: usize| -> Vec<f32> {
+            let next = |_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            };
+            (0..n).map(next).collect()
+        };
+        let cfg = SaeConfig {
+            d_model: d,
+            d_sae: m,
+            k: 9,
+            ..cross(2).cfg
+        };
+        let (w_enc, w_dec) = (noise(m * d), noise(m * d));
+        let topk = Sae::new(cfg.clone(), w_enc, noise(m), w_dec, noise(d)).unwrap();
+        let (e, be, w, bd) = topk.weights();
+        let all = (e.to_vec(), be.to_vec(), w.to_vec(), bd.to_vec());
+        let wiring = Wiring {
+            input_norm: InputNorm::LayerNorm,
+            ..Wiring::default()
+        };
+        let relu = Sae::of(cfg, Activation::Relu, wiring, all.0, all.1, all.2, all.3).unwrap();
+        let mut active = 0;
+        for sae in [&topk, &relu] {
+            for _ in 0..20 {
+                let x = noise(d);
+                let codes = sae.encode(&x, 1);
+                for j in 0..m {
+                    let both = codes.idx.iter().zip(&codes.val);
+                    let whole = both.filter(|(i, _)| **i == j as u32).map(|(_, v)| *v);
+                    let whole = whole.fold(0.0, f32::max);
+                    assert_eq!(sae.active(&x, j).to_bits(), whole.to_bits());
+                    active += usize::from(whole > 0.0);
+                }
+            }
+        }
+        assert!(active > 20 * 9);
     }
 
     /// `cross` with another activation and wiring.

@@ -38,6 +38,10 @@ struct Memory {
 struct Encoded(Vec<(Arc<Sae>, Codes)>);
 
 impl Encoded {
+    fn has(&self, sae: &Arc<Sae>) -> bool {
+        self.0.iter().any(|(s, _)| Arc::ptr_eq(s, sae))
+    }
+
     fn of(&mut self, sae: &Arc<Sae>, resid: &[f32], n: usize) -> &Codes {
         let at = self.0.iter().position(|(s, _)| Arc::ptr_eq(s, sae));
         let at = at.unwrap_or_else(|| {
@@ -247,9 +251,11 @@ impl Compiled {
         }
         memory.before.resize(self.edits.len(), 0.0);
         memory.after.resize(self.edits.len(), 0.0);
-        let exact = self.sae.as_ref().filter(|_| {
-            self.error_term == ErrorTerm::Dropped
-                || (self.membership == Membership::Exact && !self.edits.is_empty())
+        let reads_exactly = self.membership == Membership::Exact && !self.edits.is_empty();
+        // One latent of one row is told for less than a whole encode.
+        let one = n == 1 && self.edits.len() == 1;
+        let exact = self.sae.as_ref().filter(|sae| {
+            self.error_term == ErrorTerm::Dropped || (reads_exactly && (!one || encoded.has(sae)))
         });
         let codes = exact.map(|sae| encoded.of(sae, resid, n));
         let reconstruction = match (codes, &self.sae, self.error_term) {
@@ -264,6 +270,9 @@ impl Compiled {
             match (codes, &self.sae) {
                 (Some(codes), _) if self.membership == Membership::Exact => {
                     activation(codes, t, latent)
+                }
+                (_, Some(sae)) if self.membership == Membership::Exact => {
+                    sae.active(x, latent as usize)
                 }
                 (_, Some(sae)) => sae.latent(x, latent as usize),
                 _ => 0.0,
