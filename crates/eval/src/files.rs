@@ -117,9 +117,33 @@ pub fn resume<T: DeserializeOwned>(log: &Path) -> Result<(File, Vec<T>), EvalErr
         .truncate(false)
         .open(log)
         .map_err(io)?;
+    let (entries, whole) = whole_lines(log, &file)?;
+    file.set_len(whole).map_err(io)?;
+    file.seek(SeekFrom::End(0)).map_err(io)?;
+    Ok((file, entries))
+}
+
+/// The whole lines of a log of JSONL that is only read; a torn last one is passed over.
+///
+/// # Errors
+/// As [`resume`].
+pub fn entries<T: DeserializeOwned>(log: &Path) -> Result<Vec<T>, EvalError> {
+    let file = File::open(log).map_err(|source| EvalError::Io {
+        path: log.display().to_string(),
+        source,
+    })?;
+    Ok(whole_lines(log, &file)?.0)
+}
+
+/// The whole lines of `file`, and how many bytes they are.
+fn whole_lines<T: DeserializeOwned>(log: &Path, file: &File) -> Result<(Vec<T>, u64), EvalError> {
+    let io = |source| EvalError::Io {
+        path: log.display().to_string(),
+        source,
+    };
     let mut entries = Vec::new();
     let mut whole = 0u64;
-    let mut reader = BufReader::new(&file);
+    let mut reader = BufReader::new(file);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line).map_err(io)? > 0 {
         if line.last() != Some(&b'\n') {
@@ -135,9 +159,7 @@ pub fn resume<T: DeserializeOwned>(log: &Path) -> Result<(File, Vec<T>), EvalErr
         whole += line.len() as u64;
         line.clear();
     }
-    file.set_len(whole).map_err(io)?;
-    file.seek(SeekFrom::End(0)).map_err(io)?;
-    Ok((file, entries))
+    Ok((entries, whole))
 }
 
 /// Writes `path`: to a temporary file beside it, synced, then renamed.

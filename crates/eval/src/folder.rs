@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::EvalError;
-use crate::files::{resume, write_whole};
+use crate::files::{entries, resume, write_whole};
 use crate::results::Results;
 use crate::run::Answer;
 use crate::suites::Pick;
@@ -170,23 +170,7 @@ pub fn former(folder: &Path, settings: &Settings) -> Result<Vec<Answer>, EvalErr
     same(&path, &computed(&there), &computed(settings))?;
     let mut answers = Vec::new();
     for log in logs(folder)? {
-        let bytes = std::fs::read(&log).map_err(|source| EvalError::Io {
-            path: log.display().to_string(),
-            source,
-        })?;
-        let whole = bytes
-            .iter()
-            .rposition(|b| *b == b'\n')
-            .map_or(0, |at| at + 1);
-        for (at, line) in bytes[..whole].split(|b| *b == b'\n').enumerate() {
-            if line.is_empty() {
-                continue;
-            }
-            let answer: Answer = serde_json::from_slice(line).map_err(|e| EvalError::Line {
-                path: log.display().to_string(),
-                line: at + 1,
-                reason: e.to_string(),
-            })?;
+        for answer in entries::<Answer>(&log)? {
             let of_both = |(name, plan): &&(String, Option<String>)| {
                 *name == answer.arm && there.arms.contains(&(name.clone(), plan.clone()))
             };

@@ -258,7 +258,7 @@ impl Sae {
         let d = self.cfg.d_model;
         let mut x = x.to_vec();
         self.wiring.input_norm.apply(&mut x);
-        x.iter_mut().zip(&self.centre).for_each(|(x, b)| *x -= b);
+        let x = centred(self, &x);
         let pre = |i: usize| dot(&x, &self.w_enc_t[i * d..(i + 1) * d]) + self.b_enc[i];
         let p = pre(j);
         let Activation::TopK { k } = self.activation else {
@@ -423,10 +423,15 @@ impl Sae {
     }
 }
 
+/// One (normalised) row less the centre.
+fn centred(sae: &Sae, x: &[f32]) -> Vec<f32> {
+    x.iter().zip(&sae.centre).map(|(x, b)| x - b).collect()
+}
+
 /// Pre-activations of one (normalised) row: a matrix-vector product, split over the latents.
 fn pre_acts_of_row(sae: &Sae, x: &[f32]) -> Vec<f32> {
     let d = sae.cfg.d_model;
-    let centred: Vec<f32> = x.iter().zip(&sae.centre).map(|(x, b)| x - b).collect();
+    let centred = centred(sae, x);
     let mut pre = vec![0.0f32; sae.cfg.d_sae];
     pre.par_chunks_mut(256)
         .zip(sae.w_enc_t.par_chunks(256 * d))
