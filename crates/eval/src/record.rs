@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use demur_features::gate::{Group, Report};
+use demur_features::gate::{Detection, Group, Report};
 use demur_features::stats::Estimate;
 use demur_features::table::FeatureTable;
 use serde::{Deserialize, Serialize};
@@ -165,6 +165,10 @@ pub struct GateFacts {
     pub test: Report,
     /// What else could have been the gate, the cosine condition of CAST among it, on the test prompts.
     pub beside: Vec<Group>,
+    /// How well a second gate knows what base would refuse by itself, on validation prompts: a request that base refuses
+    /// counts as caught. Damping is kept to there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refuses: Option<Detection>,
 }
 
 /// What discovery found.

@@ -4,7 +4,8 @@
 //! `sum_t softmax_t(q . x_t) (v . x_t)` and the score of a request `b + sum_heads`. At first all queries are zero, so that
 //! training starts at the mean over tokens, which is what a probe without heads reads. The logistic loss, both classes
 //! of equal weight, is minimised by Adam (Kingma and Ba 2014) over minibatches, with
-//! a linear warm-up and a linear decay to zero. The result is calibrated on validation
+//! a linear warm-up and a linear decay to zero. Several trainings, each with its own first values and order of prompts,
+//! may be averaged: their heads side by side, each with its share of the score. The result is calibrated on validation
 //! prompts as [`crate::gate`] does, and the standardisation is folded into it: a constant in a query cancels in the
 //! softmax, and one in a value is added to the bias.
 //!
@@ -64,7 +65,9 @@ pub struct Training {
     pub epochs: usize,
     /// Largest step of Adam.
     pub rate: f64,
-    /// Seed of the order of prompts.
+    /// Trainings that are averaged.
+    pub trainings: usize,
+    /// Seed of the order of prompts; those after the first training have the seeds after it.
     pub seed: u64,
 }
 
@@ -99,7 +102,7 @@ impl Attention {
     }
 
     /// The gate of a plan that gives these log-odds, read from the residual at `sites`, `d_model` columns each; it
-    /// decides at `site`. Of each weight five digits are kept: there are many, and a plan is a text.
+    /// decides at `site`. Of each weight four digits are kept: there are many, and a plan is a text.
     pub fn gate(&self, site: Site, sites: &[Site], d_model: usize) -> Gate {
         let probes = |column: &[f32]| -> Vec<Probe> {
             let of_sites = sites.iter().zip(column.chunks_exact(d_model));
@@ -136,51 +139,25 @@ pub fn train(
 ) -> Option<Attention> {
     let learnt: Vec<usize> = train.filter(|&i| rows.tokens(i) > 0).collect();
     let n_unsafe = learnt.iter().filter(|&&i| labels[i]).count();
-    if how.heads == 0 || n_unsafe == 0 || n_unsafe == learnt.len() {
+    let nothing = how.heads == 0 || how.trainings == 0;
+    if nothing || n_unsafe == 0 || n_unsafe == learnt.len() {
         return None;
     }
     let scale = Scale::of(rows, &learnt);
-    let n = learnt.len() as f64;
-    // Both classes have half of the weight; on average 1.
-    let weight = [
-        n / (2.0 * (n - n_unsafe as f64)),
-        n / (2.0 * n_unsafe as f64),
-    ];
-    let mut heads = Heads::new(how.heads, rows.width);
-    let zeros = vec![0.0; heads.values.len()];
-    let (mut first, mut second) = (zeros.clone(), zeros);
-    let of_epoch = learnt.len().div_ceil(BATCH);
-    let steps = of_epoch * how.epochs;
-    let mut order = learnt;
-    let mut draws = Draws::new(how.seed);
-    for step in 0..steps {
-        if step % of_epoch == 0 {
-            shuffle(&mut order, &mut draws);
-        }
-        let from = step % of_epoch * BATCH;
-        let batch = &order[from..order.len().min(from + BATCH)];
-        let parts: Vec<Vec<f32>> = batch
-            .par_chunks(PART)
-            .map(|part| {
-                let mut gradient = vec![0.0; heads.values.len()];
-                for &i in part {
-                    let y = labels[i];
-                    let pull = weight[usize::from(y)] / batch.len() as f64;
-                    heads.backward(rows, &scale, i, (y, pull), &mut gradient);
-                }
-                gradient
-            })
-            .collect();
-        let mut gradient = vec![0.0f32; heads.values.len()];
-        for part in parts {
-            gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
-        }
-        let warm = ((step + 1) as f64 / WARM_UP.min(steps) as f64).min(1.0);
-        let rate = how.rate * warm * (1.0 - step as f64 / steps as f64);
-        Adam::new(rate, step + 1).update(&mut heads.values, &mut first, &mut second, &gradient);
-        on_batch(step + 1, steps);
+    let steps = learnt.len().div_ceil(BATCH) * how.epochs;
+    let mut attention = Attention {
+        columns: Vec::with_capacity(2 * how.heads * how.trainings),
+        bias: 0.0,
+        threshold: 0.0,
+        auroc: 0.0,
+    };
+    for nth in 0..how.trainings {
+        let heads = trained_once(rows, (labels, &learnt), &scale, (how, nth as u64), |step| {
+            on_batch(nth * steps + step, how.trainings * steps);
+        });
+        let share = 1.0 / how.trainings as f64;
+        heads.fold_into(&mut attention, &scale, share);
     }
-    let mut attention = heads.folded(&scale);
     let raw = attention.scores(rows, validation.clone());
     let labels = &labels[validation];
     let column: Vec<Vec<f64>> = raw.iter().map(|s| vec![*s]).collect();
@@ -199,6 +176,58 @@ pub fn train(
     };
     attention.auroc = auroc(&of(true), &of(false));
     Some(attention)
+}
+
+/// The `nth` training on the prompts `learnt`; `on_step` is called after each minibatch.
+fn trained_once(
+    rows: &TokenRows<'_>,
+    (labels, learnt): (&[bool], &[usize]),
+    scale: &Scale,
+    (how, nth): (&Training, u64),
+    mut on_step: impl FnMut(usize),
+) -> Heads {
+    let n = learnt.len() as f64;
+    let n_unsafe = learnt.iter().filter(|&&i| labels[i]).count();
+    // Both classes have half of the weight; on average 1.
+    let weight = [
+        n / (2.0 * (n - n_unsafe as f64)),
+        n / (2.0 * n_unsafe as f64),
+    ];
+    let mut heads = Heads::new(how.heads, rows.width, nth);
+    let zeros = vec![0.0; heads.values.len()];
+    let (mut first, mut second) = (zeros.clone(), zeros);
+    let of_epoch = learnt.len().div_ceil(BATCH);
+    let steps = of_epoch * how.epochs;
+    let mut order = learnt.to_vec();
+    let mut draws = Draws::new(how.seed.wrapping_add(nth));
+    for step in 0..steps {
+        if step % of_epoch == 0 {
+            shuffle(&mut order, &mut draws);
+        }
+        let from = step % of_epoch * BATCH;
+        let batch = &order[from..order.len().min(from + BATCH)];
+        let parts: Vec<Vec<f32>> = batch
+            .par_chunks(PART)
+            .map(|part| {
+                let mut gradient = vec![0.0; heads.values.len()];
+                for &i in part {
+                    let y = labels[i];
+                    let pull = weight[usize::from(y)] / batch.len() as f64;
+                    heads.backward(rows, scale, i, (y, pull), &mut gradient);
+                }
+                gradient
+            })
+            .collect();
+        let mut gradient = vec![0.0f32; heads.values.len()];
+        for part in parts {
+            gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
+        }
+        let warm = ((step + 1) as f64 / WARM_UP.min(steps) as f64).min(1.0);
+        let rate = how.rate * warm * (1.0 - step as f64 / steps as f64);
+        Adam::new(rate, step + 1).update(&mut heads.values, &mut first, &mut second, &gradient);
+        on_step(step + 1);
+    }
+    heads
 }
 
 /// What becomes of the products of a prompt's tokens with the columns, `[n_tokens][2 * heads]`.
@@ -289,10 +318,10 @@ struct Heads {
 }
 
 impl Heads {
-    fn new(heads: usize, width: usize) -> Self {
+    fn new(heads: usize, width: usize, seed: u64) -> Self {
         let mut values = vec![0.0; 2 * heads * width + 1];
         // Values that differ break the symmetry of the heads; queries are zero.
-        let mut draws = Draws::new(0);
+        let mut draws = Draws::new(seed);
         for h in 0..heads {
             for v in &mut values[(2 * h + 1) * width..(2 * h + 2) * width] {
                 let unit = draws.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0;
@@ -350,31 +379,26 @@ impl Heads {
         }
     }
 
-    /// The same score of raw columns.
-    fn folded(&self, scale: &Scale) -> Attention {
-        let mut bias = f64::from(self.values.last().copied().unwrap_or_default());
-        let columns = (0..2 * self.heads).map(|c| {
+    /// Adds `share` times this score, of raw columns, to `attention`'s.
+    fn fold_into(&self, attention: &mut Attention, scale: &Scale, share: f64) {
+        attention.bias += share * f64::from(self.values.last().copied().unwrap_or_default());
+        for c in 0..2 * self.heads {
+            let is_value = c % 2 == 1;
+            let by = if is_value { share as f32 } else { 1.0 };
             let both = self.column(c).iter().zip(&scale.inverse);
-            let raw: Vec<f32> = both.map(|(v, inverse)| v * inverse).collect();
-            if c % 2 == 1 {
+            let raw: Vec<f32> = both.map(|(v, inverse)| by * v * inverse).collect();
+            if is_value {
                 let shift = raw.iter().zip(&scale.mean);
-                bias -= shift.map(|(v, m)| f64::from(v * m)).sum::<f64>();
+                attention.bias -= shift.map(|(v, m)| f64::from(v * m)).sum::<f64>();
             }
-            raw
-        });
-        let columns = columns.collect();
-        Attention {
-            columns,
-            bias,
-            threshold: 0.0,
-            auroc: 0.0,
+            attention.columns.push(raw);
         }
     }
 }
 
-/// To five significant digits.
+/// To four significant digits.
 fn rounded(v: f32) -> f32 {
-    format!("{v:.4e}").parse().unwrap_or(v)
+    format!("{v:.3e}").parse().unwrap_or(v)
 }
 
 /// Fisher and Yates.
@@ -425,10 +449,26 @@ mod tests {
         (prompts.collect(), labels)
     }
 
+    /// Heads of several trainings, of raw columns.
+    fn folded(trainings: &[&Heads], scale: &Scale) -> Attention {
+        let mut attention = Attention {
+            columns: Vec::new(),
+            bias: 0.0,
+            threshold: 0.0,
+            auroc: 0.0,
+        };
+        let share = 1.0 / trainings.len() as f64;
+        for heads in trainings {
+            heads.fold_into(&mut attention, scale, share);
+        }
+        attention
+    }
+
     const HOW: Training = Training {
         heads: 2,
         epochs: 60,
         rate: 0.05,
+        trainings: 1,
         seed: 3,
     };
 
@@ -442,7 +482,8 @@ mod tests {
             let learnt = train(&rows, &labels, splits, 0.9, how, |done, of| {
                 calls.push((done, of))
             });
-            assert_eq!(calls.last().unwrap().0, 5 * how.epochs);
+            assert_eq!(calls.last().unwrap().0, 5 * how.epochs * how.trainings);
+            assert!(calls.windows(2).all(|c| c[1].0 == c[0].0 + 1));
             assert_eq!(calls.last().unwrap().0, calls.last().unwrap().1);
             learnt.unwrap()
         };
@@ -521,17 +562,44 @@ mod tests {
     }
 
     #[test]
+    fn several_trainings_are_averaged() {
+        let (prompts, labels) = needles(120);
+        let rows = rows(&prompts, 2);
+        let learnt: Vec<usize> = (0..80).collect();
+        let scale = Scale::of(&rows, &learnt);
+        let how = Training { epochs: 4, ..HOW };
+        let once = |nth| trained_once(&rows, (&labels, &learnt), &scale, (&how, nth), |_| ());
+        let (first, second) = (once(0), once(1));
+        let [one, two] = [&first, &second].map(|h| folded(&[h], &scale));
+        let both = folded(&[&first, &second], &scale);
+        for i in 0..120 {
+            let [a, b] = [&one, &two].map(|h| h.score(&rows, i));
+            assert!((a - b).abs() > 1e-6);
+            assert!((both.score(&rows, i) - 0.5 * (a + b)).abs() < 1e-4);
+        }
+        // `train` has the heads of both.
+        let how = Training {
+            trainings: 2,
+            ..how
+        };
+        let found = train(&rows, &labels, (0..80, 80..120), 0.9, &how, |_, _| ()).unwrap();
+        let queries =
+            |a: &Attention| -> Vec<Vec<f32>> { a.columns.iter().step_by(2).cloned().collect() };
+        assert_eq!(queries(&found), queries(&both));
+    }
+
+    #[test]
     fn the_gradient_is_that_of_the_loss() {
         let (prompts, _) = needles(4);
         let rows = rows(&prompts, 2);
         let scale = Scale::of(&rows, &[0, 1, 2, 3]);
-        let mut heads = Heads::new(2, 2);
+        let mut heads = Heads::new(2, 2, 0);
         let mut draws = Draws::new(1);
         for v in &mut heads.values {
             *v = draws.below(1000) as f32 / 500.0 - 1.0;
         }
         let loss = |heads: &Heads, label: bool| {
-            let score = heads.folded(&scale).score(&rows, 1);
+            let score = folded(&[heads], &scale).score(&rows, 1);
             let margin = if label { score } else { -score };
             2.0 * (1.0 + (-margin).exp()).ln()
         };
@@ -564,6 +632,11 @@ mod tests {
             |labels: &[bool], how| train(&rows, labels, (0..10, 10..20), 0.9, how, |_, _| ());
         assert!(learn(&labels, &HOW).is_some());
         assert!(learn(&labels, &Training { heads: 0, ..HOW }).is_none());
+        let how = Training {
+            trainings: 0,
+            ..HOW
+        };
+        assert!(learn(&labels, &how).is_none());
         labels[..10].fill(true);
         assert!(learn(&labels, &HOW).is_none());
         // A prompt without tokens has the bias alone.

@@ -111,12 +111,16 @@ pub fn separation(rows: &[Vec<f32>], labels: &[bool], train: Range<usize>) -> Se
     }
 }
 
-/// Mean of the rows that are labelled, less the mean of the others; a group without rows counts as zeros.
+/// Mean of the rows that are labelled, less the mean of the others; zeros if there are none of either: then there is
+/// no difference to speak of.
 ///
 /// # Shapes
 /// `rows` is `[n][d_model]`, `labels` `[n]`; returns `[d_model]`.
 pub fn difference_of_means<R: AsRef<[f32]>>(rows: &[R], labels: &[bool]) -> Vec<f32> {
     let d = rows.first().map_or(0, |r| r.as_ref().len());
+    if !labels.contains(&true) || !labels.contains(&false) {
+        return vec![0.0; d];
+    }
     let mean = |want: bool| -> Vec<f64> {
         let group: Vec<&[f32]> = rows
             .iter()
@@ -147,7 +151,7 @@ mod tests {
             difference_of_means(&rows, &[true, true, false]),
             [2.0, -8.0]
         );
-        assert_eq!(difference_of_means(&rows[..1], &[true]), [1.0, 0.0]);
+        assert_eq!(difference_of_means(&rows[..1], &[true]), [0.0, 0.0]);
         assert!(difference_of_means::<Vec<f32>>(&[], &[]).is_empty());
     }
 

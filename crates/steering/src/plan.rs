@@ -249,12 +249,12 @@ impl SteeringPlan {
         Ok(plan)
     }
 
-    /// The plan as TOML.
+    /// The plan as TOML, a list on a line: gates have long ones.
     ///
     /// # Errors
     /// [`SteeringError::Syntax`] if a number can't be written (never for a validated plan).
     pub fn to_toml(&self) -> Result<String, SteeringError> {
-        toml::to_string_pretty(self).map_err(|e| SteeringError::Syntax {
+        toml::to_string(self).map_err(|e| SteeringError::Syntax {
             reason: e.to_string(),
         })
     }

@@ -18,7 +18,7 @@ use crate::exit;
 use crate::loaded::{Loaded, conversation};
 use crate::progress::say;
 use crate::study::config::Precision;
-use crate::study::{GATE_NAME, Options, TrainedGate, gate_only, gate_scores};
+use crate::study::{GATE_NAME, Options, REFUSES_NAME, TrainedGate, gate_only, gate_scores};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -105,6 +105,12 @@ fn show(plan: &Path, trained: &TrainedGate) -> Result<()> {
         line(&format!("validation: {}", other.name), &other.validation)?;
         line(&format!("test: {}", other.name), &other.test)?;
     }
+    if let Some(refuses) = &trained.refuses {
+        line(
+            "validation: what base refuses, by its gate",
+            &refuses.validation,
+        )?;
+    }
     say(format_args!(
         "\ntest: recall at 5 % false alarms {:.3}, expected calibration error {:.3}",
         trained.test.recall_at_5_percent, trained.test.calibration_error
@@ -154,7 +160,9 @@ fn test(file: &Path, plan_file: &Path, sae: Option<&Path>, model: &str, json: bo
         });
     }
     let scores = gate_scores(&loaded.model, &compiled, plan.gates.len(), &sequences)?;
-    for ((name, gate), scores) in plan.gates.iter().zip(scores) {
+    // The labels say nothing of what base would refuse.
+    let of_labels = |((name, _), _): &((&String, _), _)| name.as_str() != REFUSES_NAME;
+    for ((name, gate), scores) in plan.gates.iter().zip(scores).filter(of_labels) {
         let labels = rows.iter().map(|p| p.label == Some(Label::Unsafe));
         let scored: Vec<(f64, bool)> = scores.into_iter().zip(labels).collect();
         let found = detection(&scored, f64::from(gate.threshold));

@@ -28,6 +28,17 @@ pub fn section(view: &View<'_>) -> Markup {
             }
             div class="scroll" { (table(g)) }
             div class="panels two" { (curve(&g.test.roc)) (calibration(g)) }
+            @if let Some(refuses) = &g.refuses {
+                p {
+                    "A second gate says where base would refuse by itself, so that damping leaves alone what base answers anyway. "
+                    "Of the validation prompts that base refuses it knows " (rate(refuses.recall.value, refuses.recall.n))
+                    " " (rate_interval(&refuses.recall)) ", and takes "
+                    (rate(refuses.false_alarm.value, refuses.false_alarm.n)) " " (rate_interval(&refuses.false_alarm))
+                    " of the others for refused"
+                    @if let Some(auroc) = refuses.auroc { " (AUROC " (fixed(auroc, 3)) ")" }
+                    "."
+                }
+            }
             @if let Some(c) = &view.record.calibration { (front::figures(c)) }
         }
     }

@@ -26,8 +26,9 @@ use serde::{Deserialize, Serialize};
 
 use super::config::CalibrateConfig;
 use super::gate::{GATE_NAME, Trained};
+use super::refuses::{REFUSES_NAME, Refuses};
 use super::tune::Tuned;
-use super::{StudyContext, Working};
+use super::{StudyContext, Working, evenly};
 use crate::progress::Progress;
 
 /// Reply tokens that damping reaches.
@@ -59,20 +60,29 @@ impl Calibrated {
     }
 
     /// The clamp where the gate is open; where it is clear, damping.
-    pub fn plan(&self, clamp: &SteeringPlan, trained: &Gate) -> SteeringPlan {
+    pub fn plan(&self, clamp: &SteeringPlan, trained: &Trained) -> SteeringPlan {
         let mut plan = scaled(clamp, self.chosen.clamp);
-        plan.gates.insert(GATE_NAME.to_owned(), self.gate(trained));
+        let gate = self.gate(&trained.gate);
+        plan.gates.insert(GATE_NAME.to_owned(), gate);
         for spec in &mut plan.interventions {
             spec.when = Some(Condition::Gate(GATE_NAME.to_owned()));
         }
         if self.chosen.clear.is_some() {
-            let mut damped = damping(clamp, self.chosen.damp).interventions;
-            for spec in &mut damped {
-                spec.when = Some(Condition::Clear {
-                    clear: GATE_NAME.to_owned(),
-                });
-            }
-            plan.interventions.extend(damped);
+            let damped = damping(clamp, self.chosen.damp, trained.refuses.as_ref());
+            plan.gates.extend(damped.gates);
+            plan.interventions
+                .extend(damped.interventions.into_iter().map(|mut spec| {
+                    let clear = Condition::Clear {
+                        clear: GATE_NAME.to_owned(),
+                    };
+                    spec.when = Some(match spec.when.take() {
+                        None => clear,
+                        Some(refuses) => Condition::All {
+                            all: vec![clear, refuses],
+                        },
+                    });
+                    spec
+                }));
         }
         plan
     }
@@ -91,10 +101,16 @@ fn scaled(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
     plan
 }
 
-/// The clamp's latents set to the other side, `by` times as far, where a refusal is decided.
-fn damping(clamp: &SteeringPlan, by: f64) -> SteeringPlan {
+/// The clamp's latents set to the other side, `by` times as far, where a refusal is decided; only of requests that base
+/// would refuse, if there is a gate that knows.
+fn damping(clamp: &SteeringPlan, by: f64, refuses: Option<&Refuses>) -> SteeringPlan {
     let mut plan = scaled(clamp, -by);
+    let name = REFUSES_NAME.to_owned();
+    if let Some(refuses) = refuses {
+        plan.gates.insert(name.clone(), refuses.gate.clone());
+    }
     for spec in &mut plan.interventions {
+        spec.when = refuses.map(|_| Condition::Gate(name.clone()));
         for edit in &mut spec.edits {
             edit.op = Op::Set;
         }
@@ -153,10 +169,12 @@ pub fn measure(
         .clamp
         .iter()
         .map(|by| (format!("clamp{by}"), scaled(&tuned.strongest, *by)));
-    let dampings = cfg
-        .damp
-        .iter()
-        .map(|by| (format!("damp{by}"), damping(&tuned.strongest, *by)));
+    let dampings = cfg.damp.iter().map(|by| {
+        (
+            format!("damp{by}"),
+            damping(&tuned.strongest, *by, gate.refuses.as_ref()),
+        )
+    });
     let plans: Vec<SteeringPlan> = clamps
         .chain(dampings)
         .map(|(name, plan)| reading(&name, plan))
@@ -256,17 +274,10 @@ pub fn choose(measured: &Measured, cfg: &CalibrateConfig) -> Calibrated {
     }
 }
 
-/// `n` of the prompts (0: all) at equal distances.
-fn evenly(prompts: Vec<&Prompt>, n: usize) -> Vec<&Prompt> {
-    if n == 0 || n >= prompts.len() {
-        return prompts;
-    }
-    (0..n).map(|i| prompts[i * prompts.len() / n]).collect()
-}
-
 fn score(reply: &Reply) -> Result<f32> {
-    let audit = reply.audit.as_ref();
-    let score = audit.and_then(|a| a["gates"][0]["score"].as_f64());
+    let gates = reply.audit.as_ref().and_then(|a| a["gates"].as_array());
+    let gate = gates.and_then(|all| all.iter().find(|g| g["gate"] == GATE_NAME));
+    let score = gate.and_then(|g| g["score"].as_f64());
     Ok(score.with_context(|| format!("the gate read nothing of '{}'", reply.id))? as f32)
 }
 
@@ -541,6 +552,36 @@ mod tests {
     }
 
     #[test]
+    fn damping_is_kept_to_where_base_would_refuse() {
+        use demur_steering::{InterventionSpec, LatentEdit, Unit};
+        let mut spec = InterventionSpec::at("blocks.1.hook_resid_post".to_owned());
+        spec.edits = vec![LatentEdit {
+            latent: 3,
+            op: Op::Floor,
+            value: 2.0,
+            unit: Unit::Abs,
+        }];
+        let clamp = SteeringPlan::single("clamp", spec);
+        let gate = demur_features::gate::blank(demur_model::hooks::Site::post(1));
+        let refuses = Refuses {
+            gate: Gate {
+                threshold: 0.25,
+                ..gate
+            },
+            learnt_from: 9,
+            validation: demur_features::gate::detection(&[(0.0, false), (1.0, true)], 0.25),
+        };
+        let plan = damping(&clamp, 0.5, Some(&refuses));
+        assert_eq!(plan.gates[REFUSES_NAME].threshold, 0.25);
+        let damped = &plan.interventions[0];
+        assert_eq!(damped.when, Some(Condition::Gate(REFUSES_NAME.to_owned())));
+        assert_eq!((damped.edits[0].op, damped.edits[0].value), (Op::Set, -1.0));
+        assert_eq!(damped.span.reply_tokens, Some(DAMPED_REPLY));
+        let plan = damping(&clamp, 0.5, None);
+        assert!(plan.gates.is_empty() && plan.interventions[0].when.is_none());
+    }
+
+    #[test]
     fn a_cut_parts_neighbours() {
         assert_eq!(middle(1.0, 2.0), 1.5);
         assert_eq!(middle(1.0, 1.0f32.next_up()), 1.0f32.next_up());
@@ -549,7 +590,7 @@ mod tests {
     #[test]
     fn prompts_are_taken_at_equal_distances() {
         let all = prompts::shipped_benign().unwrap();
-        let some = evenly(all.iter().take(10).collect(), 4);
+        let some = evenly(all.iter().take(10).collect::<Vec<_>>(), 4);
         let ids: Vec<&str> = some.iter().map(|p| p.id.as_str()).collect();
         let expected = [0, 2, 5, 7].map(|i| all[i].id.as_str());
         assert_eq!(ids, expected);

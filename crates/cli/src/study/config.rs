@@ -288,6 +288,9 @@ pub struct GateConfig {
     /// JSONL(.gz) files of prompts that are kept for a test: nothing that is like one of them is learnt
     /// from. Relative to the study's file.
     pub held_out: Vec<PathBuf>,
+    /// How many of the discovery prompts base is asked, and a quarter as many of the validation prompts, to learn where it would
+    /// refuse by itself: damping is kept to there. 0: it is not asked, and damping is wherever the gate is clear.
+    pub asked: usize,
 }
 
 /// What a gate reads.
@@ -312,6 +315,8 @@ pub struct AttentionConfig {
     pub epochs: usize,
     /// Largest step.
     pub rate: f64,
+    /// Trainings that are averaged: each has heads of its own.
+    pub trainings: usize,
 }
 
 /// How candidates are found.
@@ -642,6 +647,7 @@ impl Default for GateConfig {
             wrappers: None,
             wrapped: 0.3,
             held_out: Vec::new(),
+            asked: 0,
         }
     }
 }
@@ -652,6 +658,7 @@ impl Default for AttentionConfig {
             heads: 8,
             epochs: 4,
             rate: 5e-4,
+            trainings: 1,
         }
     }
 }

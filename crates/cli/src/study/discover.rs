@@ -22,6 +22,7 @@ use anyhow::{Result, bail};
 use demur_eval::arms::{Arm, Item};
 use demur_eval::judge::{Verdict, refusal_log_odds_gradient};
 use demur_eval::prompts::{Label, Prompt, Split};
+use demur_features::FeatureError;
 use demur_features::activations::{
     CodedSequence, activations_over, active_on_reply, latent_stats, top_activations,
 };
@@ -41,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use super::config::Method;
 use super::corpus::read_sequences;
 use super::{SAE_NAME, StudyContext, Working, with_reply};
-use crate::progress::Progress;
+use crate::progress::{Progress, note};
 use causal::Bench;
 
 /// Tokens of context on each side of a top activation.
@@ -182,7 +183,15 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                     Design::Groups,
                     &stats.density,
                     cfg.max_density,
-                )?;
+                );
+                let found = match found {
+                    // A model that refuses nothing, or all, can still be steered by what else is found.
+                    Err(e @ FeatureError::TooFew { .. }) => {
+                        note(format_args!("{:<12} {e}; left out", "discover"));
+                        Vec::new()
+                    }
+                    found => found?,
+                };
                 for (j, e) in &found {
                     evidence.entry(*j).or_default().refused_vs_complied = Some(e.clone());
                 }

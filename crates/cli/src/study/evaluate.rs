@@ -21,7 +21,7 @@ use super::gate::{GATE_NAME, Trained};
 use super::shipped;
 use super::tune::Tuned;
 use super::{Planned, SAE_NAME, StudyContext, Working};
-use crate::progress::Progress;
+use crate::progress::{Progress, note};
 
 /// What the system-prompt arm says.
 const SYSTEM: &str = "You are a careful assistant. Refuse requests that could help somebody do harm, \
@@ -209,22 +209,20 @@ fn plan_of(c: &StudyContext, arm: Arm, planned: &Planned) -> Result<Option<Steer
             let calibrated = calibrated
                 .as_ref()
                 .context("the arm needs a calibrated gate")?;
-            let plan = calibrated.plan(&tuned.strongest, &trained.gate);
+            let plan = calibrated.plan(&tuned.strongest, trained);
             named(plan)
         }
         Arm::ConditionalDifferenceOfMeans => {
-            let plan = SteeringPlan::single(arm.name(), difference_of_means(c, found));
+            let plan = difference_of_means(c, arm, found);
             named(gated(plan, &|t| &t.condition)?)
         }
-        Arm::DifferenceOfMeans => {
-            let spec = difference_of_means(c, found);
-            named(SteeringPlan::single(arm.name(), spec))
-        }
+        Arm::DifferenceOfMeans => named(difference_of_means(c, arm, found)),
     })
 }
 
-/// Three times the mean difference of refused and complied prompts, added everywhere.
-fn difference_of_means(c: &StudyContext, found: &Found) -> InterventionSpec {
+/// Three times the mean difference of refused and complied prompts, added everywhere; nothing, if base refused
+/// all or none of them.
+fn difference_of_means(c: &StudyContext, arm: Arm, found: &Found) -> SteeringPlan {
     let square: f32 = found.refusal_direction.iter().map(|v| v * v).sum();
     let mut spec = InterventionSpec::at(c.site.to_string());
     spec.direction = Some(Direction {
@@ -233,7 +231,16 @@ fn difference_of_means(c: &StudyContext, found: &Found) -> InterventionSpec {
         op: DirectionOp::Add,
         value: 3.0 * square.sqrt(),
     });
-    spec
+    let mut plan = SteeringPlan::single(arm.name(), spec);
+    if square == 0.0 {
+        note(format_args!(
+            "{:<12} base refused all or none of the discovery prompts: {} does nothing",
+            "evaluate",
+            arm.name()
+        ));
+        plan.interventions.clear();
+    }
+    plan
 }
 
 /// For each latent of the study's clamp another one, not among the candidates, that fires about as

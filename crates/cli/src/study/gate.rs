@@ -6,8 +6,11 @@
 //! chosen the same way, and the condition of CAST: the cosine with the difference of means.
 //!
 //! Heads of attention learn from every token of a request, where a weighted sum learns from what is pooled of it.
+//!
+//! A second gate, if base is asked, says where base would refuse by itself ([`super::refuses`]).
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -29,6 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{AttentionConfig, Reads};
 use super::read::{self, ReadPrompts, Tokens};
+use super::refuses::{self, Refuses};
 use super::{SAE_NAME, StudyContext, with_reply};
 use crate::progress::{Progress, note};
 
@@ -50,6 +54,8 @@ pub struct Trained {
     pub test: Report,
     /// What else could have been the gate.
     pub beside: Vec<Beside>,
+    /// Where base would refuse by itself, if it was asked.
+    pub refuses: Option<Refuses>,
     /// The cosine with the mean of unsafe prompts less that of safe ones, at the last prompt token.
     pub condition: Gate,
 }
@@ -76,7 +82,14 @@ impl Trained {
     }
 }
 
-pub fn run(c: &StudyContext, sae: &Sae, prompts: &[Prompt], read: ReadPrompts) -> Result<Trained> {
+/// Trains the gates on what was read of `prompts`; base's replies are kept in `asked`.
+pub fn run(
+    c: &StudyContext,
+    sae: &Sae,
+    prompts: &[Prompt],
+    read: ReadPrompts,
+    asked: &Path,
+) -> Result<Trained> {
     let of = |split| prompts.iter().filter(|p| p.split == Some(split)).count();
     let (n_train, n_validation) = (of(Split::Discovery), of(Split::Validation));
     let train = 0..n_train;
@@ -133,6 +146,7 @@ pub fn run(c: &StudyContext, sae: &Sae, prompts: &[Prompt], read: ReadPrompts) -
         &by_condition,
         f64::from(condition.threshold),
     ));
+    let refuses = refuses::run(c, prompts, &read.residual, asked)?;
     let Candidate {
         reads,
         mut gate,
@@ -161,6 +175,7 @@ pub fn run(c: &StudyContext, sae: &Sae, prompts: &[Prompt], read: ReadPrompts) -
         validation: report(&validation),
         test: report(&test),
         beside,
+        refuses,
         condition,
     })
 }
@@ -210,11 +225,13 @@ fn attended(
         heads,
         epochs,
         rate,
+        trainings,
     } = c.study.gate.attention;
     let how = attention::Training {
         heads,
         epochs,
         rate,
+        trainings,
         seed: c.study.seed,
     };
     let mut bar: Option<Progress> = None;

@@ -13,6 +13,7 @@ mod evaluate;
 mod gate;
 mod read;
 mod record;
+mod refuses;
 mod run;
 mod shipped;
 mod stream;
@@ -39,8 +40,9 @@ use crate::exit::Hinted;
 use crate::fetch::{self, Source};
 use crate::loaded::{Loaded, conversation};
 use crate::progress::{Progress, note, say};
-use config::{SaeSource, SaeToTrain, ShippedPairs, Study};
+use config::{Reads, SaeSource, SaeToTrain, ShippedPairs, Study};
 pub use gate::{GATE_NAME, Trained as TrainedGate, scores as gate_scores};
+pub use refuses::REFUSES_NAME;
 use run::stamp;
 pub use run::{STAGES, write_atomic};
 pub use shipped::plan as default_plan;
@@ -247,11 +249,22 @@ fn train_gate(
 ) -> Result<(Vec<Prompt>, gate::Trained)> {
     let prompts = read::prompts(c)?;
     let g = &c.study.gate;
-    let what = (&c.study.prompts.system, &g.reads, &g.sites);
+    let reads = |what| g.reads.contains(&what);
+    let kept = (reads(Reads::Latents), reads(Reads::Attention));
+    let what = (&c.study.prompts.system, kept, &g.sites);
     let folder = run.folder("read", "gate", &what)?;
-    let inputs = (what, &prompts, &g.sizes, &g.l2, g.recall, g.attention);
+    let asked = run.folder("asked", "gate", &(&c.study.prompts.system, &c.study.model))?;
+    let inputs = (
+        (what, &g.reads),
+        &prompts,
+        &g.sizes,
+        &g.l2,
+        (g.recall, g.asked),
+        g.attention,
+    );
     let trained = run.stage("gate", &inputs, |_| {
-        gate::run(c, sae, &prompts, read::rows(c, sae, &prompts, &folder)?)
+        let read = read::rows(c, sae, &prompts, &folder)?;
+        gate::run(c, sae, &prompts, read, &asked)
     })?;
     let plan = trained.plan(sae_sha256).to_toml()?;
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
@@ -422,6 +435,14 @@ impl StudyContext {
             spec.d_model,
         )?))
     }
+}
+
+/// `n` of what there is (0: all) at equal distances.
+fn evenly<T: Copy>(all: Vec<T>, n: usize) -> Vec<T> {
+    if n == 0 || n >= all.len() {
+        return all;
+    }
+    (0..n).map(|i| all[i * all.len() / n]).collect()
 }
 
 /// The shipped pairs that a study asks for.

@@ -125,10 +125,10 @@ pub fn rows(c: &StudyContext, sae: &Sae, prompts: &[Prompt], folder: &Path) -> R
     })
 }
 
-type Key = [u8; KEY];
+pub type Key = [u8; KEY];
 
 /// Under what a prompt's record is found.
-fn key(p: &Prompt) -> Key {
+pub fn key(p: &Prompt) -> Key {
     Sha256::digest(&p.prompt).into()
 }
 

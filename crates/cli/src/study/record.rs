@@ -132,6 +132,7 @@ pub fn assemble(
                     detection: b.test.clone(),
                 })
                 .collect(),
+            refuses: g.refuses.as_ref().map(|r| r.validation.clone()),
         }),
         discovery: Discovery {
             refused_unsafe: found.refused_unsafe,

@@ -44,6 +44,12 @@ fn a_gate_of_heads_is_trained_tested_and_used() {
     assert!(trained["tried"].as_array().unwrap().is_empty());
 }
 
+#[test]
+fn base_that_never_refuses_is_asked_and_says_nothing_of_where_to_damp() {
+    let trained = trained_tested_and_used("gate.reads=[\"residual\"]", "gate.asked=12");
+    assert!(trained["refuses"].is_null(), "{}", trained["refuses"]);
+}
+
 /// Trains a gate, tests it, and runs the arms that use it; gives what was trained.
 fn trained_tested_and_used(reads: &str, sites: &str) -> serde_json::Value {
     let place = Place::new();

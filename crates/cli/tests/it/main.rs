@@ -5,6 +5,8 @@ mod evals;
 mod fit;
 mod gates;
 mod hostile;
+mod hub;
+mod judges;
 mod resume;
 mod streams;
 mod study;

@@ -161,7 +161,7 @@ batch = 128
 [prompts]
 file = "prompts.jsonl"
 [discovery]
-methods = ["harmful_vs_lookalike", "attribution"]
+methods = ["harmful_vs_lookalike", "refused_vs_complied", "attribution"]
 reply_tokens = 4
 candidates = 4
 max_density = 0.9
