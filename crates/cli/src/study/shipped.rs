@@ -45,6 +45,7 @@ pub fn load(name: &str) -> Result<(Sae, String, serde_json::Value)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::study::REFUSES_NAME;
     use demur_steering::Condition;
 
     #[test]
@@ -65,7 +66,15 @@ mod tests {
         };
         let name = || "unsafe".to_owned();
         assert_eq!(on.when, Some(Condition::Gate(name())));
-        assert_eq!(off.when, Some(Condition::Clear { clear: name() }));
+        // It is damped only where base would refuse.
+        let clear = Condition::Clear { clear: name() };
+        let refuses = Condition::Gate(REFUSES_NAME.to_owned());
+        let all = vec![clear, refuses];
+        assert_eq!(off.when, Some(Condition::All { all }));
+        let [probe] = &plan.gates[REFUSES_NAME].probes[..] else {
+            panic!("{:?}", plan.gates[REFUSES_NAME].probes.len());
+        };
+        assert_eq!(probe.direction.len(), sae.d_model());
         assert!(gate.clear.is_some_and(|clear| clear <= gate.threshold));
         assert_eq!(on.edits[0].latent, off.edits[0].latent);
         assert!(on.edits[0].value > 0.0 && off.edits[0].value < 0.0);
