@@ -159,7 +159,8 @@ fn trained_tested_and_used(reads: &str, sites: &str) -> serde_json::Value {
         assert!(open || clear || text("gated_clamp_damped") == text("base"));
         let open = audit("gated_clamp")["gates"][0]["open"].as_bool().unwrap();
         assert!(open || text("gated_clamp") == text("base"));
-        assert!(audit("conditional_difference_of_means")["gates"][0]["score"].is_f64());
+        // This model refuses nothing: there is no direction of refusal to add.
+        assert_eq!(text("conditional_difference_of_means"), text("base"));
     }
     // Batch equals single, gates and all.
     let one = [
