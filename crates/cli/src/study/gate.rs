@@ -17,7 +17,8 @@ use anyhow::{Context, Result};
 use demur_eval::prompts::{Label, Prompt, Split};
 use demur_features::attention;
 use demur_features::gate::{
-    self, Detection, Group, Pooled, Report, Search, Tried, detection, recall_at, reliability, roc,
+    self, Detection, Group, Pooled, Reading, Report, Search, Tried, detection, recall_at,
+    reliability, roc,
 };
 use demur_features::harvest::{Products, Sequence, harvest_sites};
 use demur_features::sites::difference_of_means;
@@ -82,13 +83,13 @@ impl Trained {
     }
 }
 
-/// Trains the gates on what was read of `prompts`; base's replies are kept in `asked`.
+/// Trains the gates on what was read of `prompts`; base's replies are kept in `asked`, if it is asked.
 pub fn run(
     c: &StudyContext,
     sae: &Sae,
     prompts: &[Prompt],
     read: ReadPrompts,
-    asked: &Path,
+    asked: Option<&Path>,
 ) -> Result<Trained> {
     let of = |split| prompts.iter().filter(|p| p.split == Some(split)).count();
     let (n_train, n_validation) = (of(Split::Discovery), of(Split::Validation));
@@ -146,7 +147,10 @@ pub fn run(
         &by_condition,
         f64::from(condition.threshold),
     ));
-    let refuses = refuses::run(c, prompts, &read.residual, asked)?;
+    let refuses = match asked {
+        Some(folder) => refuses::run(c, prompts, &read.residual, folder)?,
+        None => None,
+    };
     let Candidate {
         reads,
         mut gate,
@@ -394,6 +398,18 @@ fn report(prompts: &[Prompt], scored: &[(f64, bool)], threshold: f64, known: &[&
     }
 }
 
+/// The residual of each prompt's last token, the template's, at the SAE's site, `[d_model]` each, and how it was read.
+pub fn last_token(residual: &[Pooled], d_model: usize) -> Result<(&Reading, Vec<&[f32]>)> {
+    let roles = [Role::User, Role::Template];
+    let last = residual
+        .iter()
+        .find(|p| p.reading.aggregate == Aggregate::Last && p.reading.roles == roles)
+        .context("the last token was not read")?;
+    // The SAE's site is the last.
+    let at_site = last.rows.iter().map(|r| &r[r.len() - d_model..]);
+    Ok((&last.reading, at_site.collect()))
+}
+
 /// The condition of CAST, with the threshold that reaches the asked recall on validation prompts.
 fn condition(
     c: &StudyContext,
@@ -402,15 +418,7 @@ fn condition(
     train: &std::ops::Range<usize>,
     validation: &std::ops::Range<usize>,
 ) -> Result<(Gate, Vec<(f64, bool)>)> {
-    let roles = [Role::User, Role::Template];
-    let last = residual
-        .iter()
-        .find(|p| p.reading.aggregate == Aggregate::Last && p.reading.roles == roles)
-        .context("the last token was not read")?;
-    let width = c.loaded.model.spec().d_model;
-    // The SAE's site is the last.
-    let of_site = last.rows.iter().map(|r| &r[r.len() - width..]);
-    let rows: Vec<&[f32]> = of_site.collect();
+    let (reading, rows) = last_token(residual, c.loaded.model.spec().d_model)?;
     let direction = difference_of_means(&rows[train.clone()], &labels[train.clone()]);
     let length = |v: &[f32]| v.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().sqrt();
     let scale = length(&direction);
@@ -428,7 +436,7 @@ fn condition(
         membership: Membership::Exact,
         scope: Scope::Conversation,
         threshold: threshold as f32,
-        roles: roles.to_vec(),
+        roles: reading.roles.clone(),
         ..gate::blank(c.site)
     };
     Ok((gate, scored))

@@ -253,7 +253,9 @@ fn train_gate(
     let kept = (reads(Reads::Latents), reads(Reads::Attention));
     let what = (&c.study.prompts.system, kept, &g.sites);
     let folder = run.folder("read", "gate", &what)?;
-    let asked = run.folder("asked", "gate", &(&c.study.prompts.system, &c.study.model))?;
+    let to_base = (&c.study.prompts.system, &c.study.model);
+    let asked = (g.asked > 0).then(|| run.folder("asked", "gate", &to_base));
+    let asked = asked.transpose()?;
     let inputs = (
         (what, &g.reads),
         &prompts,
@@ -264,7 +266,7 @@ fn train_gate(
     );
     let trained = run.stage("gate", &inputs, |_| {
         let read = read::rows(c, sae, &prompts, &folder)?;
-        gate::run(c, sae, &prompts, read, &asked)
+        gate::run(c, sae, &prompts, read, asked.as_deref())
     })?;
     let plan = trained.plan(sae_sha256).to_toml()?;
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;

@@ -344,7 +344,7 @@ fn words(arm: Arm) -> (&'static str, &'static str) {
         ),
         Arm::GatedClampDamped => (
             "Gated clamp, damped",
-            "The strongest clamp where the calibrated gate is open; where it is clear, the same latents are set to the other side while a reply begins.",
+            "The strongest clamp where the calibrated gate is open; where it is clear, the same latents are set to the other side while a reply begins; if base was asked, only where it would refuse.",
         ),
         Arm::DefaultPlan => (
             "Default plan",

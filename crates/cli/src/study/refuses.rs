@@ -7,16 +7,16 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use demur_eval::arms::{Arm, Item};
 use demur_eval::judge::Verdict;
 use demur_eval::prompts::{Prompt, Split};
 use demur_features::gate::{self, Detection, Pooled, Search, detection};
-use demur_model::hooks::Role;
-use demur_steering::{Aggregate, Gate};
+use demur_steering::Gate;
 use serde::{Deserialize, Serialize};
 
 use super::StudyContext;
+use super::gate::last_token;
 use super::read::key;
 use crate::fetch::hex;
 use crate::progress::note;
@@ -42,7 +42,7 @@ pub struct Refuses {
 /// Trains the gate on `residual`, which holds a row for each of `prompts` in its way of reading; asks base what it has not
 /// answered in `folder`.
 ///
-/// `None` if the study asks base nothing, or base refuses all or none of what it is asked.
+/// `None` if base refuses all or none of what it is asked.
 pub fn run(
     c: &StudyContext,
     prompts: &[Prompt],
@@ -50,9 +50,6 @@ pub fn run(
     folder: &Path,
 ) -> Result<Option<Refuses>> {
     let cfg = &c.study.gate;
-    if cfg.asked == 0 {
-        return Ok(None);
-    }
     // A text that is there twice is asked once.
     let mut seen = HashSet::new();
     let mut of = |split, n| -> Vec<usize> {
@@ -69,19 +66,11 @@ pub fn run(
         item.id = hex(&key(p));
     }
     let refused = refused(c, &items, folder)?;
-    let roles = [Role::User, Role::Template];
-    let last = residual
-        .iter()
-        .find(|p| p.reading.aggregate == Aggregate::Last && p.reading.roles == roles)
-        .context("the last token was not read")?;
     let width = c.loaded.model.spec().d_model;
-    let at_site = |i: &usize| {
-        let row = &last.rows[*i];
-        row[row.len() - width..].to_vec() // the SAE's site is the last
-    };
+    let (reading, rows) = last_token(residual, width)?;
     let last = Pooled {
-        reading: last.reading.clone(),
-        rows: asked.iter().map(at_site).collect(),
+        reading: reading.clone(),
+        rows: asked.iter().map(|&i| rows[i].to_vec()).collect(),
     };
     let learnt_from = learnt.len();
     let known = learn(&last, &refused, learnt_from, cfg.recall);
@@ -146,7 +135,8 @@ fn refused(c: &StudyContext, items: &[Item], folder: &Path) -> Result<Vec<bool>>
 mod tests {
     use super::*;
     use demur_features::gate::Reading;
-    use demur_steering::Membership;
+    use demur_model::hooks::Role;
+    use demur_steering::{Aggregate, Membership};
 
     /// Column 0 says it, with noise; column 1 is noise.
     fn rows(n: usize) -> (Pooled, Vec<bool>) {
