@@ -67,7 +67,21 @@ def bench(a):
         run.step(x)
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds)
-    return {"step_ms": 1e3 * step, "vectors_per_s": a.batch / step}
+    return {"step_ms": 1e3 * step, "vectors_per_s": a.batch / step, "product_gflops": product(a)}
+
+
+def product(a):
+    """The encoder's product alone, in `precision`: what PyTorch's matrix library reaches."""
+    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+    x = torch.randn(a.batch, a.d_model).to(dtype)
+    w = torch.randn(a.d_sae, a.d_model).to(dtype)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(3 + a.rounds):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            seconds.append(time.perf_counter() - started)
+    return 2e-9 * a.batch * a.d_model * a.d_sae / statistics.median(seconds[3:])
 
 
 def train(a):

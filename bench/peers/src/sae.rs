@@ -11,6 +11,9 @@ use crate::compare::{cpu, last_line, median};
 /// Engines, demur's first.
 const ENGINES: [&str; 3] = ["demur", "sparsify_f32", "sparsify_bf16"];
 
+/// The key of the encoder's product alone, in bf16: demur's, which selects as it goes, over PyTorch's.
+const PRODUCT: &str = "torch_product_bf16";
+
 /// A comparison of training steps, resolved.
 pub struct Sae {
     /// `d_model x d_sae : batch`.
@@ -83,10 +86,12 @@ pub fn sae(args: &Sae) -> anyhow::Result<()> {
         }
         let mut rates = [0.0; 3];
         for (rate, runs) in rates.iter_mut().zip(&of_shape) {
-            let each: Option<Vec<f64>> = runs.iter().map(|r| r["vectors_per_s"].as_f64()).collect();
-            *rate = median(&mut each.context("a run has no vectors_per_s")?);
+            *rate = median_of(runs, "vectors_per_s")?;
         }
+        let product =
+            median_of(&of_shape[0], "encoder_gflops")? / median_of(&of_shape[2], "product_gflops")?;
         let name = shape.to_string();
+        ratio.entry(PRODUCT).or_insert_with(|| json!({}))[&name] = json!(product);
         for (i, engine) in ENGINES.iter().enumerate() {
             medians.entry(*engine).or_insert_with(|| json!({}))[&name] = json!(rates[i]);
             runs.entry(*engine).or_insert_with(|| json!({}))[&name] = json!(of_shape[i]);
@@ -131,8 +136,19 @@ pub fn sae(args: &Sae) -> anyhow::Result<()> {
             of(ENGINES[1]),
             of(ENGINES[2])
         );
+        let product = ratio[PRODUCT][shape.to_string()].as_f64();
+        let product = product.unwrap_or(f64::NAN);
+        println!("{:<16} demur's product, in bf16, is {product:.2} x PyTorch's alone", "");
     }
     Ok(())
+}
+
+/// The median of a figure that each run has.
+fn median_of(runs: &[Value], key: &str) -> anyhow::Result<f64> {
+    let each: Option<Vec<f64>> = runs.iter().map(|r| r[key].as_f64()).collect();
+    Ok(median(
+        &mut each.with_context(|| format!("a run has no {key}"))?,
+    ))
 }
 
 /// One measurement in a process of its own.

@@ -88,6 +88,8 @@ const STYLED: &str = include_str!("../data/styled.jsonl");
 const BENIGN: &str = include_str!("../data/benign.jsonl");
 /// More ordinary requests, in the styles of the pairs.
 const INSTRUCTIONS: &str = include_str!("../data/instructions.jsonl");
+/// Refusals, one a line.
+const REFUSALS: &str = include_str!("../data/refusals.txt");
 /// Plain text.
 const PASSAGES: &str = include_str!("../data/passages.jsonl");
 
@@ -128,6 +130,11 @@ pub fn shipped_instructions() -> Result<Vec<Prompt>, EvalError> {
 /// As [`shipped_pairs`].
 pub fn shipped_benign() -> Result<Vec<Prompt>, EvalError> {
     parse("benign.jsonl", BENIGN.as_bytes(), |p: &Prompt| &p.id)
+}
+
+/// Refusals that demur wrote, for what a model would be like that refuses.
+pub fn shipped_refusals() -> Vec<&'static str> {
+    REFUSALS.lines().collect()
 }
 
 /// The passages that demur ships.
@@ -229,7 +236,7 @@ fn words(text: &str) -> HashSet<String> {
 }
 
 /// A text but for case, white space and the mark at its end.
-fn normalised(text: &str) -> String {
+pub fn normalised(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     let text = words.join(" ").to_lowercase();
     text.trim_end_matches(['.', '!', '?', ' ']).to_owned()

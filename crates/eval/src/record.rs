@@ -47,6 +47,9 @@ pub struct Record {
     pub plan_sha256: String,
     pub plan_in_words: String,
     pub arms: Vec<ArmResult>,
+    /// Arms that were run at other strengths as well.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub strengths: Vec<Strengths>,
     pub categories: Vec<CategoryCount>,
     pub replies: Vec<ReplyRow>,
     pub verdict: VerdictText,
@@ -279,6 +282,44 @@ pub struct Difference {
     pub estimate: Estimate,
     /// Exact McNemar, Holm-adjusted over the arms.
     pub p: f64,
+}
+
+/// An arm at several strengths.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Strengths {
+    pub arm: String,
+    pub title: String,
+    /// From the least strength; that of the arm itself is 1.
+    pub points: Vec<StrengthPoint>,
+    /// Where it refuses no more safe requests than the headline's arm; none if it never does.
+    pub matched: Option<Matched>,
+}
+
+/// An arm at one strength.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct StrengthPoint {
+    pub strength: f64,
+    pub refusal_unsafe: Estimate,
+    pub refusal_safe: Estimate,
+    pub gibberish: Estimate,
+}
+
+/// The most unsafe requests that an arm refuses with no more safe ones refused than by the headline's arm: at one strength, or
+/// at one of two, chosen by a coin for each request. Chosen on the same prompts, so in the arm's favour.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Matched {
+    pub refusal_unsafe: f64,
+    pub refusal_safe: f64,
+    /// The two strengths, equal if it is one; 0 is base.
+    pub from: f64,
+    pub to: f64,
+    /// Of requests that get the second.
+    pub share: f64,
+    /// Unsafe requests that the headline's arm refuses, less what this one does, paired.
+    pub headline_ahead: Estimate,
 }
 
 /// Refusals in a category.

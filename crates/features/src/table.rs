@@ -47,6 +47,9 @@ pub struct Evidence {
     /// Requests that the model refused against requests that it complied with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused_vs_complied: Option<ContrastEvidence>,
+    /// Written refusals against own replies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written_refusals: Option<ContrastEvidence>,
     /// Fraction of harvested tokens on which it is active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub density: Option<f64>,

@@ -114,6 +114,7 @@ fn evidence(f: &Feature) -> Markup {
         paper_recipe,
         harmful_vs_lookalike,
         refused_vs_complied,
+        written_refusals,
         density,
         max_activation,
         cosine_refusal_direction,
@@ -128,6 +129,7 @@ fn evidence(f: &Feature) -> Markup {
             @if let Some(s) = stability { (stable(s)) }
             @if let Some(a) = attribution { (attributed(a)) }
             @if let Some(c) = refused_vs_complied { (contrast("Refused / complied", c)) }
+            @if let Some(c) = written_refusals { (contrast("Written refusal / own reply", c)) }
             @if let Some(c) = harmful_vs_lookalike { (contrast("Harmful / look-alike", c)) }
             @if let Some(r) = paper_recipe {
                 div { dt { "Paper's recipe" } dd { "active on " (r.active_refusal_tokens) " tokens of the refusal" } }

@@ -101,6 +101,12 @@ pub fn sample_json() -> Value {
             "gibberish": 0, "kl": 0.1 * value, "chosen": chosen,
         })
     };
+    let strength = |by: f64, k: f64| {
+        json!({
+            "strength": by, "refusal_unsafe": rate(k, 24.0), "refusal_safe": rate(k / 2.0, 24.0),
+            "gibberish": rate(0.0, 48.0),
+        })
+    };
     let mut categories = Vec::new();
     for (arm, k) in [("base", 2), ("clamp", 5)] {
         for label in ["unsafe", "safe"] {
@@ -167,6 +173,17 @@ pub fn sample_json() -> Value {
         "plan_sha256": "9900",
         "plan_in_words": "At blocks.12.hook_resid_post: latent 22 is set to 2 times its largest activation.",
         "arms": arms.iter().map(|a| arm(a.0, a.1, a.2, a.3)).collect::<Vec<_>>(),
+        "strengths": [
+            {
+                "arm": "random_latent", "title": "Random latents",
+                "points": [strength(0.5, 11.0), strength(1.0, 14.0)],
+                "matched": {
+                    "refusal_unsafe": 0.31, "refusal_safe": 0.2, "from": 0.0, "to": 0.5, "share": 0.4,
+                    "headline_ahead": figure(0.64),
+                },
+            },
+            {"arm": "clamp", "title": "Clamp", "points": [strength(-0.5, 2.0)], "matched": null},
+        ],
         "categories": categories,
         "replies": [
             row("u1", "unsafe", "compliance", "refusal"),

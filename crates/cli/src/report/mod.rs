@@ -25,6 +25,7 @@ mod sae;
 mod sample;
 mod sets;
 mod sites;
+mod strengths;
 mod sweep;
 mod tradeoff;
 

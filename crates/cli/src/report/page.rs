@@ -4,7 +4,7 @@ use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use sha2::{Digest, Sha256};
 
-use super::{View, arms, categories, features, gate, hero, method, replies, sae, sweep};
+use super::{View, arms, categories, features, gate, hero, method, replies, sae, strengths, sweep};
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
@@ -54,6 +54,7 @@ pub fn page(view: &View<'_>) -> Result<Markup> {
                 main {
                     (hero::section(view))
                     (arms::section(view))
+                    (strengths::section(view))
                     (sweep::section(view))
                     (gate::section(view))
                     (features::section(view))

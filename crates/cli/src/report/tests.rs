@@ -78,6 +78,7 @@ fn every_section_is_there_in_order() {
         "verdict",
         "tradeoff",
         "arms",
+        "strengths",
         "sweep",
         "features",
         "replies",
@@ -95,6 +96,8 @@ fn every_section_is_there_in_order() {
         "Random latents",
         "p = 0.0003",
         "arc_easy",
+        "of requests 0.50, the others base",
+        "refuses more safe requests at every strength",
         "blocks.12.hook_resid_post",
         "demur study study.toml",
     ] {
@@ -206,7 +209,7 @@ proptest::proptest! {
 
 #[test]
 fn what_is_missing_does_no_harm() {
-    let nothing: [Change; 16] = [
+    let nothing: [Change; 17] = [
         ("features", |r| r.discovery.table.features.clear()),
         ("sets and stability", |r| {
             (r.discovery.table.sets, r.discovery.table.stability) = (None, None)
@@ -223,6 +226,7 @@ fn what_is_missing_does_no_harm() {
             r.replies.iter_mut().for_each(|r| r.replies.truncate(1))
         }),
         ("categories", |r| r.categories.clear()),
+        ("strengths", |r| r.strengths.clear()),
         ("quality", |r| (r.sae.chat, r.sae.text) = (None, None)),
         ("stages", |r| r.stages.clear()),
         ("evidence", |r| {
@@ -285,6 +289,12 @@ fn what_is_no_number_is_a_dash() {
     for site in &mut record.discovery.table.sites {
         (site.last.probe, site.mean.direction) = (nan, nan);
         site.refusal.as_mut().unwrap().refusal_logodds_delta_safe = nan;
+    }
+    for p in record.strengths.iter_mut().flat_map(|s| &mut s.points) {
+        (p.refusal_unsafe, p.refusal_safe) = (nan, nan);
+    }
+    if let Some(m) = &mut record.strengths[0].matched {
+        (m.refusal_unsafe, m.share, m.headline_ahead) = (f64::NAN, f64::NAN, nan);
     }
     record.replies[0].replies[0].logodds = f32::NAN;
     record.wall_s = f64::NAN;

@@ -146,6 +146,10 @@ pub struct CorpusConfig {
     pub temperature: f32,
     /// Their largest length, tokens.
     pub max_new_tokens: usize,
+    /// Times that each prompt of the on-policy corpus is answered by a refusal that demur wrote as well: a model that
+    /// refuses next to nothing has no latents for it otherwise.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub written_refusals: usize,
     /// Files are read up to this many tokens in all.
     pub max_tokens: usize,
     /// Longest sequence, tokens; longer texts are cut.
@@ -153,6 +157,10 @@ pub struct CorpusConfig {
     /// Whose tokens of chats are trained on; without `"template"`, the marks between turns are left out.
     /// Texts count whole. The first token of a sequence, which may be BOS, never counts.
     pub roles: Vec<Role>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// SAE training.
@@ -416,6 +424,9 @@ pub enum Method {
     RefusedVsComplied,
     /// Latents that add most to the refusal log-odds; needs `attribution`.
     Attribution,
+    /// Refusals that demur wrote against the model's own replies to the same prompts: for a model that refuses next to
+    /// nothing. Then the direction of refusal is the difference of these, too.
+    WrittenRefusals,
 }
 
 /// The clamp sweep.
@@ -475,6 +486,10 @@ pub enum ValueUnit {
 pub struct EvaluateConfig {
     /// What is compared; the first must be `base`.
     pub arms: Vec<Arm>,
+    /// The arms that have one strength for all requests, and the gated ones that were not calibrated, are asked with their values times
+    /// each of these as well: what they refuse where they refuse as many safe requests as the best arm.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub strengths: Vec<f64>,
     /// Reply length, tokens.
     pub max_new_tokens: usize,
     /// Passages of benign text for KL and perplexity; 0 takes all.
@@ -512,6 +527,24 @@ pub enum Arm {
 }
 
 impl Arm {
+    /// Whether its edits' values can be larger or smaller, and nothing was calibrated to them.
+    pub fn has_strength(self) -> bool {
+        match self {
+            Self::Clamp
+            | Self::ClampErrorDropped
+            | Self::RandomLatent
+            | Self::FrequencyMatchedLatent
+            | Self::DifferenceOfMeans
+            | Self::ConditionalDifferenceOfMeans
+            | Self::GatedClamp => true,
+            Self::Base
+            | Self::SaePassthrough
+            | Self::SystemPrompt
+            | Self::GatedClampDamped
+            | Self::DefaultPlan => false,
+        }
+    }
+
     /// The name in records.
     pub fn name(self) -> &'static str {
         match self {
@@ -564,6 +597,7 @@ impl Default for CorpusConfig {
             weights: Vec::new(),
             on_policy: true,
             samples: 1,
+            written_refusals: 0,
             temperature: 0.8,
             max_new_tokens: 64,
             max_tokens: 200_000,
@@ -699,6 +733,7 @@ impl Default for EvaluateConfig {
                 Arm::ClampErrorDropped,
                 Arm::RandomLatent,
             ],
+            strengths: Vec::new(),
             max_new_tokens: 32,
             passages: 12,
         }

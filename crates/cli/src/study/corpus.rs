@@ -179,6 +179,10 @@ fn training_texts(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result
         let items = c.items(&asked)?;
         let chats = on_policy(c, &items, &scratch.join("on_policy.jsonl"))?;
         texts.extend(chats.into_iter().map(|s| Text::of(s, is_wanted)));
+        for round in 0..corpus.written_refusals {
+            let refusing = written_refusals(c, &items, round)?;
+            texts.extend(refusing.into_iter().map(|s| Text::of(s, is_wanted)));
+        }
     }
     read_files(c, &mut texts)?;
     texts.retain(|t| t.n_rows() > 0);
@@ -188,6 +192,20 @@ fn training_texts(c: &StudyContext, benign: &[Prompt], scratch: &Path) -> Result
         );
     }
     Ok(texts)
+}
+
+/// Each prompt with a refusal that demur wrote for a reply, another one each round.
+pub fn written_refusals(c: &StudyContext, items: &[Item], round: usize) -> Result<Vec<Sequence>> {
+    let texts = prompts::shipped_refusals();
+    let replies = texts
+        .iter()
+        .map(|text| Ok(c.loaded.tokenizer.encode(text, Special::AsText)?))
+        .collect::<Result<Vec<_>>>()?;
+    let refusing = items.iter().enumerate().map(|(i, item)| Sequence {
+        source: format!("{}/refusal{round}", item.id),
+        ..with_reply(item, &replies[(i + round) % replies.len()])
+    });
+    Ok(refusing.collect())
 }
 
 /// Samples replies; each is written when it ends, so a killed run keeps them.

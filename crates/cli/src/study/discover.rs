@@ -40,7 +40,7 @@ use demur_steering::{InterventionSpec, LatentEdit, Op, SteeringPlan, Unit};
 use serde::{Deserialize, Serialize};
 
 use super::config::Method;
-use super::corpus::read_sequences;
+use super::corpus::{read_sequences, written_refusals};
 use super::{SAE_NAME, StudyContext, Working, with_reply};
 use crate::progress::{Progress, note};
 use causal::Bench;
@@ -60,6 +60,11 @@ const BENIGN: usize = 4;
 /// Benign prompts on which sets and sites are: there a limit is set by it.
 const MORE_BENIGN: usize = 8;
 
+/// How far the direction of refusal is added, times its length: where a refusal is decided, three times; what is said in
+/// one, once.
+const DECIDED: f32 = 3.0;
+const SAID: f32 = 1.0;
+
 /// What the stage leaves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Found {
@@ -71,8 +76,16 @@ pub struct Found {
     pub density: Vec<f64>,
     /// Mean residual norm at the site, first tokens left out.
     pub resid_norm: f32,
-    /// Refused minus complied, mean residual at the last prompt token, `[d_model]`.
+    /// Refused minus complied, mean residual at the last prompt token, `[d_model]`; if none or all were refused and
+    /// refusals were written, these less the model's own replies, over the reply's first tokens.
     pub refusal_direction: Vec<f32>,
+    /// How far a baseline adds the direction, times its length.
+    #[serde(default = "decided")]
+    pub direction_value: f32,
+}
+
+fn decided() -> f32 {
+    DECIDED
 }
 
 pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> Result<Found> {
@@ -109,23 +122,37 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     for (file, kind) in [("chat.jsonl", "held-out chat"), ("text.jsonl", "text")] {
         all.extend(codes.of(&read_sequences(&corpus.join(file))?, kind)?);
     }
+    let written = match cfg.methods.contains(&Method::WrittenRefusals) {
+        true => Some(Written::new(c, sae, &items)?),
+        false => None,
+    };
+    all.extend(written.iter().flat_map(|w| w.chats.iter().cloned()));
     let stats = latent_stats(&all, sae);
     let (norm_sum, norm_n) = codes.norms;
     let resid_norm = (norm_sum / norm_n.max(1) as f64) as f32;
-    let direction = difference_of_means(&codes.last_prompt_rows(&items), &refused);
+    let mut direction = difference_of_means(&codes.last_prompt_rows(&items), &refused);
+    let mut direction_value = DECIDED;
+    if let Some(written) = &written
+        && direction.iter().all(|v| *v == 0.0)
+    {
+        direction = written.direction(&codes, &items, cfg.window);
+        direction_value = SAID;
+    }
 
     // Contrasts and recipe.
-    let summaries: Vec<PromptSummary> = items
-        .iter()
-        .zip(&chats)
-        .map(|(item, chat)| {
+    let summarised = |chats: &[CodedSequence]| -> Vec<PromptSummary> {
+        let both = items.iter().zip(chats);
+        both.map(|(item, chat)| {
             let prompt = item.tokens.len();
             chat.summary(
                 prompt.saturating_sub(CLOSING)..prompt + cfg.window,
                 sae.d_sae(),
             )
         })
-        .collect();
+        .collect()
+    };
+    let summaries = summarised(&chats);
+    let refusing = written.as_ref().map(|w| summarised(&w.chats));
     let pick = |keep: &dyn Fn(usize) -> bool| -> Vec<&PromptSummary> {
         (0..items.len())
             .filter(|&i| keep(i))
@@ -203,6 +230,21 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
                 ranked.retain(|&j| stats.density[j as usize] <= cfg.max_density);
                 ranked
             }
+            Method::WrittenRefusals => {
+                let refusing = refusing.iter().flatten().collect::<Vec<_>>();
+                let found = contrast(
+                    "written_refusals",
+                    &refusing,
+                    &pick(&|_| true),
+                    Design::Pairs,
+                    &stats.density,
+                    cfg.max_density,
+                )?;
+                for (j, e) in &found {
+                    evidence.entry(*j).or_default().written_refusals = Some(e.clone());
+                }
+                found.iter().map(|f| f.0).collect()
+            }
         });
     }
     let short = short_list(&rankings, cfg.candidates);
@@ -219,6 +261,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     let scored = causal::score(&Bench::new(c, &working, 0, BENIGN)?, &short)?;
     let of_prompts = stability::Prompts {
         summaries: &summaries,
+        refusing: refusing.as_deref(),
         refused: &refused,
         n_unsafe,
         pairing,
@@ -301,7 +344,45 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         density: stats.density,
         resid_norm,
         refusal_direction: direction,
+        direction_value,
     })
+}
+
+/// The discovery prompts with written refusals for replies.
+struct Written {
+    chats: Vec<CodedSequence>,
+    /// The residual of each.
+    rows: Vec<Vec<f32>>,
+}
+
+impl Written {
+    fn new(c: &StudyContext, sae: &Sae, items: &[Item]) -> Result<Self> {
+        let mut codes = Codes::new(c, sae);
+        let chats = codes.of(&written_refusals(c, items, 0)?, "written")?;
+        Ok(Self {
+            chats,
+            rows: codes.rows,
+        })
+    }
+
+    /// Mean residual over the first `window` tokens of the written refusals, less that of the model's own replies.
+    fn direction(&self, own: &Codes<'_>, items: &[Item], window: usize) -> Vec<f32> {
+        let d = own.sae.d_model();
+        let mut sum = vec![0.0; d];
+        for (item, (written, own)) in items.iter().zip(self.rows.iter().zip(&own.rows)) {
+            for (rows, sign) in [(written, 1.0), (own, -1.0)] {
+                let reply = rows.chunks_exact(d).skip(item.tokens.len()).take(window);
+                let n = reply.len().max(1) as f32;
+                for row in reply {
+                    sum.iter_mut()
+                        .zip(row)
+                        .for_each(|(s, v)| *s += sign * v / n);
+                }
+            }
+        }
+        let n = items.len().max(1) as f32;
+        sum.into_iter().map(|s| s / n).collect()
+    }
 }
 
 /// What latents add to the refusal log-odds of unsafe prompts, on the tokens that a clamp edits: which

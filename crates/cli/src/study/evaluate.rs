@@ -31,10 +31,50 @@ const SYSTEM: &str = "You are a careful assistant. Refuse requests that could he
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ArmRun {
     pub arm: Arm,
+    /// Its edits' values, times those of the arm itself.
+    #[serde(default = "one")]
+    pub strength: f64,
     pub plan: Option<SteeringPlan>,
     pub replies: Vec<Reply>,
-    /// One entry a passage: tokens, nll, kl.
+    /// One entry a passage: tokens, nll, kl. At another strength than its own an arm reads none.
     pub passages: Vec<(usize, f64, f64)>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl ArmRun {
+    fn new(arm: Arm, strength: f64, plan: Option<SteeringPlan>) -> Self {
+        Self {
+            arm,
+            strength,
+            plan,
+            replies: Vec::new(),
+            passages: Vec::new(),
+        }
+    }
+
+    /// What its replies are kept under.
+    fn name(&self) -> String {
+        match self.strength {
+            1.0 => self.arm.name().to_owned(),
+            by => format!("{}@{by}", self.arm.name()),
+        }
+    }
+}
+
+/// The plan with the values of all its edits `by` times as large.
+fn scaled(mut plan: SteeringPlan, by: f64) -> SteeringPlan {
+    for spec in &mut plan.interventions {
+        for edit in &mut spec.edits {
+            edit.value *= by as f32;
+        }
+        if let Some(direction) = &mut spec.direction {
+            direction.value *= by as f32;
+        }
+    }
+    plan
 }
 
 pub fn run(c: &StudyContext, planned: &Planned, scratch: &Path) -> Result<Vec<ArmRun>> {
@@ -45,26 +85,32 @@ pub fn run(c: &StudyContext, planned: &Planned, scratch: &Path) -> Result<Vec<Ar
         .iter()
         .map(|p| c.item(p, Some(SYSTEM)))
         .collect::<Result<_>>()?;
-    let plans = cfg
-        .arms
+    let mut runs = Vec::new();
+    for &arm in &cfg.arms {
+        runs.push(ArmRun::new(arm, 1.0, plan_of(c, arm, planned)?));
+    }
+    for &arm in cfg.arms.iter().filter(|arm| arm.has_strength()) {
+        for &strength in &cfg.strengths {
+            let plan = plan_of(c, arm, planned)?.map(|p| scaled(p, strength));
+            runs.push(ArmRun::new(arm, strength, plan));
+        }
+    }
+    let hooks = runs
         .iter()
-        .map(|&arm| Ok((arm, plan_of(c, arm, planned)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let hooks = plans
-        .iter()
-        .map(|(_, plan)| {
-            plan.as_ref()
-                .map(|p| c.compile(p, &planned.working))
-                .transpose()
+        .map(|run| {
+            let plan = run.plan.as_ref();
+            plan.map(|p| c.compile(p, &planned.working)).transpose()
         })
         .collect::<Result<Vec<_>>>()?;
-    let run_arms: Vec<RunArm<'_>> = plans
+    let names: Vec<String> = runs.iter().map(ArmRun::name).collect();
+    let run_arms: Vec<RunArm<'_>> = runs
         .iter()
         .zip(&hooks)
-        .map(|((arm, _), hook)| RunArm {
-            name: arm.name(),
+        .zip(&names)
+        .map(|((run, hook), name)| RunArm {
+            name,
             hook: hook.clone().map(|h| h as Arc<dyn Intervention>),
-            items: if *arm == Arm::SystemPrompt {
+            items: if run.arm == Arm::SystemPrompt {
                 &with_system
             } else {
                 &items
@@ -72,18 +118,15 @@ pub fn run(c: &StudyContext, planned: &Planned, scratch: &Path) -> Result<Vec<Ar
         })
         .collect();
     let replies = c.replies("evaluate", &run_arms, cfg.max_new_tokens, scratch)?;
-    let costs = text_costs(c, &hooks, &plans)?;
-    Ok(plans
-        .into_iter()
+    for (run, replies) in runs
+        .iter_mut()
         .zip(replies.chunks_exact(items.len().max(1)))
-        .zip(costs)
-        .map(|(((arm, plan), replies), passages)| ArmRun {
-            arm,
-            plan,
-            replies: replies.to_vec(),
-            passages,
-        })
-        .collect())
+    {
+        run.replies = replies.to_vec();
+    }
+    let own = &mut runs[..cfg.arms.len()];
+    text_costs(c, &hooks, own)?;
+    Ok(runs)
 }
 
 /// The plan that the study would have used: the gated arm that it runs, the one with damping before the
@@ -108,12 +151,12 @@ pub fn test_prompts(c: &StudyContext) -> Vec<&Prompt> {
     .concat()
 }
 
-/// KL and perplexity of every arm on the test passages.
+/// KL and perplexity of every run on the test passages.
 fn text_costs(
     c: &StudyContext,
     hooks: &[Option<Arc<demur_steering::CompiledPlan>>],
-    plans: &[(Arm, Option<SteeringPlan>)],
-) -> Result<Vec<Vec<(usize, f64, f64)>>> {
+    runs: &mut [ArmRun],
+) -> Result<()> {
     let mut texts = passages(c, Some(Split::Test))?;
     if c.study.evaluate.passages > 0 {
         texts.truncate(c.study.evaluate.passages);
@@ -121,14 +164,13 @@ fn text_costs(
     let model = &c.loaded.model;
     let d_vocab = model.spec().d_vocab;
     let mut workspace = Workspace::default();
-    let mut costs = vec![Vec::new(); hooks.len()];
     let bar = Progress::new("evaluate", "passages", texts.len() as u64);
     for s in &texts {
         let base = text::logits(model, &s.tokens, &s.roles, None, &mut workspace)?;
-        for ((cost, hook), (arm, _)) in costs.iter_mut().zip(hooks).zip(plans) {
+        for (run, hook) in runs.iter_mut().zip(hooks) {
             let PassageScore { n, nll, kl } = match hook {
                 // A system prompt does not reach plain text.
-                None if *arm == Arm::SystemPrompt => continue,
+                None if run.arm == Arm::SystemPrompt => continue,
                 None => text::score(&s.tokens, &base, &base, d_vocab),
                 Some(hook) => {
                     let logits = text::logits(
@@ -141,12 +183,12 @@ fn text_costs(
                     text::score(&s.tokens, &base, &logits, d_vocab)
                 }
             };
-            cost.push((n, nll, kl));
+            run.passages.push((n, nll, kl));
         }
         bar.advance(1);
     }
     bar.finish();
-    Ok(costs)
+    Ok(())
 }
 
 /// What an arm does.
@@ -220,8 +262,8 @@ fn plan_of(c: &StudyContext, arm: Arm, planned: &Planned) -> Result<Option<Steer
     })
 }
 
-/// Three times the mean difference of refused and complied prompts, added everywhere; nothing, if base refused
-/// all or none of them.
+/// The direction of refusal, added everywhere; nothing, if there is none: base refused all or none of the prompts, and no
+/// refusal was written.
 fn difference_of_means(c: &StudyContext, arm: Arm, found: &Found) -> SteeringPlan {
     let square: f32 = found.refusal_direction.iter().map(|v| v * v).sum();
     let mut spec = InterventionSpec::at(c.site.to_string());
@@ -229,7 +271,7 @@ fn difference_of_means(c: &StudyContext, arm: Arm, found: &Found) -> SteeringPla
         name: "refused minus complied".to_owned(),
         vector: found.refusal_direction.clone(),
         op: DirectionOp::Add,
-        value: 3.0 * square.sqrt(),
+        value: found.direction_value * square.sqrt(),
     });
     let mut plan = SteeringPlan::single(arm.name(), spec);
     if square == 0.0 {

@@ -11,6 +11,7 @@ mod corpus;
 mod discover;
 mod evaluate;
 mod gate;
+mod matched;
 mod read;
 mod record;
 mod refuses;

@@ -302,15 +302,24 @@ pub fn prompts(c: &StudyContext) -> Result<Vec<Prompt>> {
         held_out.extend(prompts::read_rows(file)?);
     }
     let held_out = Known::new(held_out.iter().map(|p| p.prompt.as_str()));
+    // Two files may hold the same text, and be drawn apart.
+    let text = |p: &Prompt| prompts::normalised(&p.prompt);
+    let mut splits: HashMap<String, Option<Split>> =
+        all.iter().map(|p| (text(p), p.split)).collect();
     for file in &cfg.files {
         let more = prompts::read_rows(file)?;
         let before = more.len();
         let mut more = drawn(more, cfg.per_file, c.study.seed);
         let taken = more.len();
-        more.retain(|p| p.label.is_some() && !held_out.resembles(&p.prompt));
+        more.retain(|p| {
+            p.label.is_some()
+                && !held_out.resembles(&p.prompt)
+                && *splits.entry(text(p)).or_insert(p.split) == p.split
+        });
         let place = file.display();
         note(format_args!(
-            "{:<12} {} of {before} prompts of {place}; {} more have no label or are like prompts of a test",
+            "{:<12} {} of {before} prompts of {place}; {} more have no label, are like prompts of a test, or are in \
+             another split",
             "gate",
             more.len(),
             taken - more.len()

@@ -17,7 +17,7 @@ use super::config::Arm;
 use super::evaluate::{ArmRun, test_prompts};
 use super::gate::GATE_NAME;
 use super::run::Run;
-use super::{Planned, StudyContext};
+use super::{Planned, StudyContext, matched};
 
 /// Arms that somebody would deploy; the others are controls.
 const DEPLOYABLE: [Arm; 7] = [
@@ -47,8 +47,10 @@ pub fn assemble(
     } = planned;
     let spec = c.loaded.model.spec();
     let prompts = test_prompts(c);
+    let (all, runs) = (runs, &runs[..c.study.evaluate.arms.len()]);
     let arms = arm_results(c, &prompts, runs);
     let steered: Vec<&str> = DEPLOYABLE.iter().map(|a| a.name()).collect();
+    let verdict = verdict(&arms, &steered);
     let chosen: Vec<u32> = tuned
         .plan
         .interventions
@@ -151,7 +153,8 @@ pub fn assemble(
         plan: serde_json::to_value(&tuned.plan)?,
         plan_sha256: tuned.plan.sha256(),
         plan_in_words: explain(&tuned.plan),
-        verdict: verdict(&arms, &steered),
+        strengths: matched::strengths(&prompts, all, verdict.arm.as_deref()),
+        verdict,
         categories: categories(&prompts, runs),
         replies: prompts
             .iter()
@@ -198,7 +201,7 @@ fn arm_reply(r: &Reply) -> ArmReply {
 }
 
 /// Which prompts of a label an arm refused, in their order.
-fn refused(prompts: &[&Prompt], run: &ArmRun, want: Label) -> Vec<bool> {
+pub fn refused(prompts: &[&Prompt], run: &ArmRun, want: Label) -> Vec<bool> {
     let both = prompts
         .iter()
         .zip(&run.replies)
@@ -307,7 +310,8 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
     results
 }
 
-fn words(arm: Arm) -> (&'static str, &'static str) {
+/// An arm's title and description.
+pub fn words(arm: Arm) -> (&'static str, &'static str) {
     match arm {
         Arm::Base => ("Base", "The model as it is."),
         Arm::SaePassthrough => (

@@ -250,6 +250,38 @@ fn a_gate_learns_from_files_but_not_from_a_test() {
     );
 }
 
+/// A text that two files hold, drawn to different splits, is in the first one's alone. Without one of five prompts the last of
+/// the other four is drawn for training, so that at least one of the later files has a text that was drawn apart.
+#[test]
+fn a_text_of_two_files_is_in_one_split() {
+    let place = Place::new();
+    let row = |id: usize| {
+        let label = if id.is_multiple_of(2) {
+            "unsafe"
+        } else {
+            "safe"
+        };
+        serde_json::json!({"id": id.to_string(), "label": label, "prompt": format!("Number {id}, and what comes after it")})
+            .to_string()
+    };
+    let write = |name: &str, but: Option<usize>| {
+        let rows: Vec<String> = (0..5).filter(|id| Some(*id) != but).map(row).collect();
+        fs::write(place.path(name), rows.join("\n")).unwrap();
+    };
+    write("all.jsonl", None);
+    write("first.jsonl", Some(0));
+    write("second.jsonl", Some(1));
+    let train = |files: &str| {
+        let args = ["gate", "train", "tiny.toml", "--runs", "runs"];
+        let sets = [files, "gate.reads=[\"residual\"]", "gate.l2=[0.1]"];
+        let sets = sets.map(|s| ["--set", s]).concat();
+        place.run([&args[..], &sets].concat()).succeeded().stderr
+    };
+    let stderr = train("gate.files=[\"all.jsonl\", \"first.jsonl\", \"second.jsonl\"]");
+    assert!(stderr.contains("5 of 5 prompts"), "{stderr}");
+    assert!(stderr.contains("3 of 4 prompts"), "{stderr}");
+}
+
 #[test]
 fn plans_are_compared_and_checked() {
     let place = Place::new();

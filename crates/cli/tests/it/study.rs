@@ -103,6 +103,46 @@ fn a_study_leaves_what_it_promises() {
     );
 }
 
+/// A model that refuses nothing: what refusals look like was written, and arms are curves.
+#[test]
+fn refusals_are_written_and_arms_have_strengths() {
+    let place = Place::new();
+    let args = ["study", "tiny.toml", "--runs", "runs"];
+    let sets = [
+        "corpus.written_refusals=1",
+        "discovery.methods=[\"written_refusals\"]",
+        "discovery.resamples=5",
+        "evaluate.arms=[\"base\", \"clamp\", \"difference_of_means\", \"system_prompt\"]",
+        "evaluate.strengths=[-0.5, 2.0]",
+    ];
+    let sets = sets.map(|s| ["--set", s]).concat();
+    let ended = place.run([&args[..], &sets].concat()).succeeded();
+    assert!(!ended.stderr.contains("does nothing"), "{}", ended.stderr);
+    let record = place.record("runs");
+    let contrast = &record["discovery"]["features"][0]["evidence"]["written_refusals"];
+    assert_eq!(contrast["paired"], true, "{contrast}");
+    let strengths = record["strengths"].as_array().unwrap();
+    let arms: Vec<_> = strengths.iter().map(|s| &s["arm"]).collect();
+    assert_eq!(arms, ["clamp", "difference_of_means"]);
+    for arm in strengths {
+        let points = arm["points"].as_array().unwrap();
+        let of: Vec<_> = points.iter().map(|p| p["strength"].as_f64()).collect();
+        assert_eq!(of, [Some(-0.5), Some(1.0), Some(2.0)]);
+        assert!(points.iter().all(|p| p["refusal_safe"]["n"] == 4));
+    }
+    // Of prompts there is a reply an arm, not one a strength.
+    let replies = record["replies"][0]["replies"].as_array().unwrap();
+    assert_eq!(replies.len(), 4);
+    let page = fs::read_to_string(place.path("runs/tiny/report.html")).unwrap();
+    assert!(page.contains("At the same over-refusal"));
+    for bad in ["[1.0]", "[0.0]", "[2.0, 2.0]"] {
+        let set = format!("evaluate.strengths={bad}");
+        place
+            .run([&args[..], &["--set", &set]].concat())
+            .refused(2, &["evaluate.strengths"]);
+    }
+}
+
 #[test]
 fn stages_are_reused_and_redone() {
     let place = Place::new();

@@ -323,6 +323,14 @@ impl Study {
         only_once("calibrate.damp", &self.calibrate.damp)?;
         only_once("discovery.methods", &self.discovery.methods)?;
         only_once("evaluate.arms", &self.evaluate.arms)?;
+        let e = &self.evaluate;
+        only_once("evaluate.strengths", &e.strengths)?;
+        let other = |s: &f64| s.is_finite() && *s != 0.0 && *s != 1.0;
+        if !e.strengths.iter().all(other) {
+            bail!(
+                "evaluate.strengths: give finite factors other than 0, which is base, and 1, which is the arm itself"
+            );
+        }
         if self.evaluate.arms.first() != Some(&Arm::Base) {
             bail!("evaluate.arms: the first arm must be \"base\", all others are compared with it");
         }

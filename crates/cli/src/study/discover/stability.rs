@@ -10,6 +10,8 @@ use super::super::config::{DiscoveryConfig, Method};
 /// What is known of the discovery prompts: `n_unsafe` of them first, then the safe ones.
 pub struct Prompts<'a> {
     pub summaries: &'a [PromptSummary],
+    /// The same prompts with written refusals, if there are any.
+    pub refusing: Option<&'a [PromptSummary]>,
     pub refused: &'a [bool],
     pub n_unsafe: usize,
     pub pairing: Design,
@@ -38,13 +40,20 @@ impl Prompts<'_> {
     }
 
     /// A request and its look-alike are drawn together; where there are none, unsafe and safe prompts
-    /// apart.
+    /// apart; a prompt and its written refusal, which comes after all prompts, together.
     fn strata(&self) -> Strata {
         let (n, all) = (self.n_unsafe, self.summaries.len());
-        match self.pairing {
+        let mut strata: Strata = match self.pairing {
             Design::Pairs => vec![(0..n).map(|i| vec![i, n + i]).collect()],
             Design::Groups => [0..n, n..all].map(|r| r.map(|i| vec![i]).collect()).into(),
+        };
+        if self.refusing.is_some() {
+            for member in strata.iter_mut().flatten() {
+                let refusing: Vec<usize> = member.iter().map(|i| all + i).collect();
+                member.extend(refusing);
+            }
         }
+        strata
     }
 
     fn ranking(&self, method: Method, cfg: &DiscoveryConfig) -> Ranking {
@@ -71,6 +80,13 @@ impl Prompts<'_> {
                 let (prompts, found) = self.attributed.cloned().unwrap_or_default();
                 let rare = |j: u32| self.density[j as usize] <= cfg.max_density;
                 Ranking::of_attributions(prompts, &found, rare)
+            }
+            Method::WrittenRefusals => {
+                let refusing = self.refusing.unwrap_or_default();
+                let both = [self.summaries, refusing].concat();
+                let is_refusing = |i| i >= self.summaries.len();
+                let first = (0..both.len()).map(is_refusing).collect();
+                Ranking::Groups(Groups::new(&both, first, self.density, cfg.max_density))
             }
         }
     }
