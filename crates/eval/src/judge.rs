@@ -16,6 +16,7 @@ use crate::prompts::Label;
 use crate::talk::TalkError;
 
 pub use prompted::Prompted;
+pub use rules::judge as by_rules;
 
 /// What a reply is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

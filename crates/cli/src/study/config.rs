@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use demur_eval::judge::{self, Verdict};
 use demur_model::hooks::Role;
 
 use crate::architecture::ArchitectureConfig;
@@ -251,6 +252,35 @@ pub struct PromptConfig {
     pub test: usize,
     /// A system prompt for every arm.
     pub system: Option<String>,
+    /// What sorts the replies.
+    #[serde(skip_serializing_if = "JudgeChoice::is_default")]
+    pub judge: JudgeChoice,
+}
+
+/// What sorts replies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JudgeChoice {
+    /// By their first words.
+    #[default]
+    Opener,
+    /// Sentence by sentence: for a model that says something else before it declines. A partial answer is no refusal.
+    Rules,
+}
+
+impl JudgeChoice {
+    /// Whether it is what a study has that says nothing of it.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The judge.
+    pub fn judge(self) -> fn(&str) -> Verdict {
+        match self {
+            Self::Opener => judge::judge,
+            Self::Rules => judge::by_rules,
+        }
+    }
 }
 
 /// Pairs of unsafe requests and safe look-alikes that demur ships.

@@ -53,6 +53,8 @@ const CLOSING: usize = 3;
 const TOKENS: usize = 10;
 /// Contexts of a feature.
 const CONTEXTS: usize = 5;
+/// Latents of written refusals that are kept.
+const PARTS: usize = 64;
 /// Bins of a histogram.
 const BINS: usize = 50;
 /// Benign prompts on which candidates are priced.
@@ -82,6 +84,9 @@ pub struct Found {
     /// How far a baseline adds the direction, times its length.
     #[serde(default = "decided")]
     pub direction_value: f32,
+    /// Latents that written refusals are made of, the largest part first, each with its mean activation there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub written: Vec<(u32, f32)>,
 }
 
 fn decided() -> f32 {
@@ -343,6 +348,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         max_activation: stats.max_activation,
         density: stats.density,
         resid_norm,
+        written: written.map_or_else(Vec::new, |w| w.parts(sae, &chats, &items, cfg.window)),
         refusal_direction: direction,
         direction_value,
     })
@@ -363,6 +369,56 @@ impl Written {
             chats,
             rows: codes.rows,
         })
+    }
+
+    /// Latents that add to the difference between written refusals and own replies, over the first `window` tokens: the
+    /// one that adds most first, with its mean activation in refusals. A latent adds the difference of its means times its
+    /// decoder row, of which what is along the sum of all counts.
+    fn parts(
+        &self,
+        sae: &Sae,
+        own: &[CodedSequence],
+        items: &[Item],
+        window: usize,
+    ) -> Vec<(u32, f32)> {
+        let means = |chats: &[CodedSequence]| {
+            let (mut sum, mut n) = (vec![0.0f64; sae.d_sae()], 0usize);
+            for (item, chat) in items.iter().zip(chats) {
+                let from = item.tokens.len();
+                let reply = from..chat.tokens.len().min(from + window);
+                n += reply.len();
+                let at = reply.start * chat.codes.k..reply.end * chat.codes.k;
+                for (j, v) in chat.codes.idx[at.clone()].iter().zip(&chat.codes.val[at]) {
+                    sum[*j as usize] += f64::from(*v);
+                }
+            }
+            sum.into_iter()
+                .map(|s| s / n.max(1) as f64)
+                .collect::<Vec<f64>>()
+        };
+        let (refusing, own) = (means(&self.chats), means(own));
+        let by = |j: usize| refusing[j] - own[j];
+        let mut all = vec![0.0f32; sae.d_model()];
+        for j in 0..sae.d_sae() {
+            for (a, w) in all.iter_mut().zip(sae.decoder_row(j)) {
+                *a += by(j) as f32 * w;
+            }
+        }
+        let along = |j: usize| {
+            let both = sae.decoder_row(j).iter().zip(&all);
+            by(j) * both.map(|(w, a)| f64::from(w * a)).sum::<f64>()
+        };
+        let mut parts: Vec<(u32, f64)> = (0..sae.d_sae())
+            .filter(|&j| by(j) > 0.0)
+            .map(|j| (j as u32, along(j)))
+            .filter(|(_, along)| *along > 0.0)
+            .collect();
+        parts.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        parts.truncate(PARTS);
+        parts
+            .into_iter()
+            .map(|(j, _)| (j, refusing[j as usize] as f32))
+            .collect()
     }
 
     /// Mean residual over the first `window` tokens of the written refusals, less that of the model's own replies.

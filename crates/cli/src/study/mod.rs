@@ -265,10 +265,15 @@ fn train_gate(
         (g.recall, g.asked),
         g.attention,
     );
-    let trained = run.stage("gate", &inputs, |_| {
+    let work = |_: &Path| {
         let read = read::rows(c, sae, &prompts, &folder)?;
         gate::run(c, sae, &prompts, read, asked.as_deref())
-    })?;
+    };
+    let judge = c.study.prompts.judge;
+    let trained = match asked.is_some() && !judge.is_default() {
+        true => run.stage("gate", &(inputs, judge), work)?,
+        false => run.stage("gate", &inputs, work)?,
+    };
     let plan = trained.plan(sae_sha256).to_toml()?;
     write_atomic(&run.dir.join("gate.toml"), plan.as_bytes())?;
     Ok((prompts, trained))
@@ -415,7 +420,7 @@ impl StudyContext {
     ) -> Result<Vec<Reply>> {
         let total: usize = arms.iter().map(|a| a.items.len()).sum();
         let bar = Progress::new(stage, "replies", total as u64);
-        let replies = arms::run(
+        let mut replies = arms::run(
             &mut self.engine(),
             arms,
             max_new_tokens,
@@ -425,6 +430,8 @@ impl StudyContext {
             |_| bar.advance(1),
         )?;
         bar.finish();
+        let judge = self.study.prompts.judge.judge();
+        replies.iter_mut().for_each(|r| r.verdict = judge(&r.text));
         Ok(replies)
     }
 

@@ -10,6 +10,7 @@ use demur_eval::record::SweepPoint;
 use demur_eval::stats::{Estimate, wilson};
 use demur_features::causal::{last_logits, mean_kl};
 use demur_features::harvest::Sequence;
+use demur_model::hooks::Role;
 use demur_steering::{SteeringPlan, Unit};
 use serde::{Deserialize, Serialize};
 
@@ -52,13 +53,21 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
     let ranked: Vec<u32> = found.table.features.iter().map(|f| f.latent).collect();
     let searched = found.table.sets.as_ref().map_or(&[][..], |s| &s.sets);
     let searched: Vec<&[u32]> = searched.iter().map(|s| &s.latents[..]).collect();
-    let sets = sets(&ranked, &searched, &cfg.set_sizes);
+    let mut sets = sets(&ranked, &searched, &cfg.set_sizes);
+    sets.extend(written(&found.written, &cfg.set_sizes));
     let mut settings = Vec::new();
     for set in &sets {
         for &value in &cfg.values {
-            let kind = if set.searched { "searched" } else { "set" };
+            let kind = match (&set.values, set.searched) {
+                (Some(_), _) => "written",
+                (None, true) => "searched",
+                (None, false) => "set",
+            };
             let name = format!("{kind}{}_{value}", set.latents.len());
             let mut plan = clamp_plan(&name, c, &set.latents, value, unit);
+            if let Some(values) = &set.values {
+                as_written(&mut plan, values, value);
+            }
             plan.saes
                 .insert(super::SAE_NAME.to_owned(), sae.sha256.clone());
             settings.push((name, set, value, plan));
@@ -117,9 +126,10 @@ pub fn run(c: &StudyContext, sae: &Working, found: &Found, scratch: &Path) -> Re
             latents: s.1.latents.clone(),
             searched: s.1.searched,
             value: s.2,
-            unit: match cfg.unit {
-                ValueUnit::RelMax => "x max".to_owned(),
-                ValueUnit::Abs => "activation".to_owned(),
+            unit: match (&s.1.values, cfg.unit) {
+                (Some(_), _) => "x written".to_owned(),
+                (None, ValueUnit::RelMax) => "x max".to_owned(),
+                (None, ValueUnit::Abs) => "activation".to_owned(),
             },
             refusal_unsafe,
             refusal_safe,
@@ -152,6 +162,31 @@ struct Set {
     latents: Vec<u32>,
     /// Found by the search, and not the first of the ranking.
     searched: bool,
+    /// Activations in written refusals, one a latent, which the values multiply.
+    values: Option<Vec<f32>>,
+}
+
+/// Of each size the latents that written refusals are made of.
+fn written(parts: &[(u32, f32)], sizes: &[usize]) -> Vec<Set> {
+    let first = sizes.iter().filter_map(|&size| parts.get(..size));
+    first
+        .map(|parts| Set {
+            latents: parts.iter().map(|p| p.0).collect(),
+            searched: false,
+            values: Some(parts.iter().map(|p| p.1).collect()),
+        })
+        .collect()
+}
+
+/// Sets the plan's latents to `by` times their activations in written refusals, on the template's tokens and the reply, where
+/// such activations were read.
+fn as_written(plan: &mut SteeringPlan, values: &[f32], by: f64) {
+    for spec in &mut plan.interventions {
+        spec.span.roles = vec![Role::Template, Role::Assistant];
+        for (edit, value) in spec.edits.iter_mut().zip(values) {
+            (edit.value, edit.unit) = (by as f32 * value, Unit::Abs);
+        }
+    }
 }
 
 /// Of each size the first of the ranking, and beside it the one that was searched for, if it is another.
@@ -162,12 +197,14 @@ fn sets(ranked: &[u32], searched: &[&[u32]], sizes: &[usize]) -> Vec<Set> {
         sets.extend(first.map(|latents| Set {
             latents: latents.to_vec(),
             searched: false,
+            values: None,
         }));
         let other = searched.iter().filter(|s| s.len() == size);
         let is_new = |s: &&&[u32]| first.is_none_or(|f| !s.iter().all(|j| f.contains(j)));
         sets.extend(other.filter(is_new).map(|latents| Set {
             latents: latents.to_vec(),
             searched: true,
+            values: None,
         }));
     }
     sets
@@ -240,6 +277,7 @@ mod tests {
         let set = |latents: &[u32], searched| Set {
             latents: latents.to_vec(),
             searched,
+            values: None,
         };
         let searched: [&[u32]; 3] = [&[5], &[6, 5], &[6, 8, 5]];
         // 6 and 5 are the first two of the ranking in another order; there is no set of four.
