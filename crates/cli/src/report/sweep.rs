@@ -42,6 +42,9 @@ pub fn section(view: &View<'_>) -> Markup {
 fn panels(tune: &Tune) -> Markup {
     let unit = tune.sweep.first().map_or("", |p| p.unit.as_str());
     let x_label = match unit {
+        _ if tune.sweep.iter().any(|p| p.unit != unit) => {
+            "clamp value, in its set's unit".to_owned()
+        }
         "x max" => "clamp value, × largest activation".to_owned(),
         "activation" => "clamp value, activation".to_owned(),
         other => format!("clamp value, {other}"),

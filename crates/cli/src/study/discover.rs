@@ -8,11 +8,13 @@
 //! scored on *validation* prompts by the rise of the refusal log-odds at the first reply token.
 //!
 //! If asked, small sets of the best are searched the same way, and all sites of the model are compared
-//! (`sites.rs`). How stable the short list is, `stability.rs` says.
+//! (`sites.rs`). How stable the short list is, `stability.rs` says. For a model that refuses next to nothing
+//! refusals are written (`written.rs`).
 
 mod causal;
 mod sites;
 mod stability;
+mod written;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,10 +42,11 @@ use demur_steering::{InterventionSpec, LatentEdit, Op, SteeringPlan, Unit};
 use serde::{Deserialize, Serialize};
 
 use super::config::Method;
-use super::corpus::{read_sequences, written_refusals};
+use super::corpus::read_sequences;
 use super::{SAE_NAME, StudyContext, Working, with_reply};
 use crate::progress::{Progress, note};
 use causal::Bench;
+use written::Written;
 
 /// Tokens of context on each side of a top activation.
 const CONTEXT: usize = 8;
@@ -53,8 +56,6 @@ const CLOSING: usize = 3;
 const TOKENS: usize = 10;
 /// Contexts of a feature.
 const CONTEXTS: usize = 5;
-/// Latents of written refusals that are kept.
-const PARTS: usize = 64;
 /// Bins of a histogram.
 const BINS: usize = 50;
 /// Benign prompts on which candidates are priced.
@@ -140,7 +141,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     if let Some(written) = &written
         && direction.iter().all(|v| *v == 0.0)
     {
-        direction = written.direction(&codes, &items, cfg.window);
+        direction = written.direction(&codes.rows, &items, cfg.window);
         direction_value = SAID;
     }
 
@@ -352,93 +353,6 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         refusal_direction: direction,
         direction_value,
     })
-}
-
-/// The discovery prompts with written refusals for replies.
-struct Written {
-    chats: Vec<CodedSequence>,
-    /// The residual of each.
-    rows: Vec<Vec<f32>>,
-}
-
-impl Written {
-    fn new(c: &StudyContext, sae: &Sae, items: &[Item]) -> Result<Self> {
-        let mut codes = Codes::new(c, sae);
-        let chats = codes.of(&written_refusals(c, items, 0)?, "written")?;
-        Ok(Self {
-            chats,
-            rows: codes.rows,
-        })
-    }
-
-    /// Latents that add to the difference between written refusals and own replies, over the first `window` tokens: the
-    /// one that adds most first, with its mean activation in refusals. A latent adds the difference of its means times its
-    /// decoder row, of which what is along the sum of all counts.
-    fn parts(
-        &self,
-        sae: &Sae,
-        own: &[CodedSequence],
-        items: &[Item],
-        window: usize,
-    ) -> Vec<(u32, f32)> {
-        let means = |chats: &[CodedSequence]| {
-            let (mut sum, mut n) = (vec![0.0f64; sae.d_sae()], 0usize);
-            for (item, chat) in items.iter().zip(chats) {
-                let from = item.tokens.len();
-                let reply = from..chat.tokens.len().min(from + window);
-                n += reply.len();
-                let at = reply.start * chat.codes.k..reply.end * chat.codes.k;
-                for (j, v) in chat.codes.idx[at.clone()].iter().zip(&chat.codes.val[at]) {
-                    sum[*j as usize] += f64::from(*v);
-                }
-            }
-            sum.into_iter()
-                .map(|s| s / n.max(1) as f64)
-                .collect::<Vec<f64>>()
-        };
-        let (refusing, own) = (means(&self.chats), means(own));
-        let by = |j: usize| refusing[j] - own[j];
-        let mut all = vec![0.0f32; sae.d_model()];
-        for j in 0..sae.d_sae() {
-            for (a, w) in all.iter_mut().zip(sae.decoder_row(j)) {
-                *a += by(j) as f32 * w;
-            }
-        }
-        let along = |j: usize| {
-            let both = sae.decoder_row(j).iter().zip(&all);
-            by(j) * both.map(|(w, a)| f64::from(w * a)).sum::<f64>()
-        };
-        let mut parts: Vec<(u32, f64)> = (0..sae.d_sae())
-            .filter(|&j| by(j) > 0.0)
-            .map(|j| (j as u32, along(j)))
-            .filter(|(_, along)| *along > 0.0)
-            .collect();
-        parts.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        parts.truncate(PARTS);
-        parts
-            .into_iter()
-            .map(|(j, _)| (j, refusing[j as usize] as f32))
-            .collect()
-    }
-
-    /// Mean residual over the first `window` tokens of the written refusals, less that of the model's own replies.
-    fn direction(&self, own: &Codes<'_>, items: &[Item], window: usize) -> Vec<f32> {
-        let d = own.sae.d_model();
-        let mut sum = vec![0.0; d];
-        for (item, (written, own)) in items.iter().zip(self.rows.iter().zip(&own.rows)) {
-            for (rows, sign) in [(written, 1.0), (own, -1.0)] {
-                let reply = rows.chunks_exact(d).skip(item.tokens.len()).take(window);
-                let n = reply.len().max(1) as f32;
-                for row in reply {
-                    sum.iter_mut()
-                        .zip(row)
-                        .for_each(|(s, v)| *s += sign * v / n);
-                }
-            }
-        }
-        let n = items.len().max(1) as f32;
-        sum.into_iter().map(|s| s / n).collect()
-    }
 }
 
 /// What latents add to the refusal log-odds of unsafe prompts, on the tokens that a clamp edits: which

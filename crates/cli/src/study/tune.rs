@@ -256,6 +256,8 @@ fn strongest(sweep: &[SweepPoint]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use demur_steering::{InterventionSpec, LatentEdit, Op};
+
     use super::*;
 
     fn point(on_unsafe: usize, on_safe: usize, kl: f64) -> SweepPoint {
@@ -291,6 +293,33 @@ mod tests {
             ]
         );
         assert_eq!(sets(&[5], &[], &[1, 2]), [set(&[5], false)]);
+    }
+
+    #[test]
+    fn written_refusals_give_their_first_latents_and_values() {
+        let sets = written(&[(5, 3.0), (7, 2.0)], &[1, 2, 3]);
+        let of: Vec<_> = sets.iter().map(|s| (&s.latents[..], &s.values)).collect();
+        assert_eq!(
+            of,
+            [
+                (&[5][..], &Some(vec![3.0])),
+                (&[5, 7][..], &Some(vec![3.0, 2.0]))
+            ]
+        );
+        let mut spec = InterventionSpec::at("blocks.1.hook_resid_post");
+        let edit = |latent| LatentEdit {
+            latent,
+            op: Op::Set,
+            value: 1.0,
+            unit: Unit::RelMax,
+        };
+        spec.edits = vec![edit(5), edit(7)];
+        let mut plan = SteeringPlan::single("p", spec);
+        as_written(&mut plan, &[3.0, 2.0], 1.5);
+        let spec = &plan.interventions[0];
+        let of: Vec<_> = spec.edits.iter().map(|e| (e.value, e.unit)).collect();
+        assert_eq!(of, [(4.5, Unit::Abs), (3.0, Unit::Abs)]);
+        assert_eq!(spec.span.roles, [Role::Template, Role::Assistant]);
     }
 
     #[test]

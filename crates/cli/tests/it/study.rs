@@ -110,6 +110,7 @@ fn refusals_are_written_and_arms_have_strengths() {
     let args = ["study", "tiny.toml", "--runs", "runs"];
     let sets = [
         "corpus.written_refusals=1",
+        "prompts.judge=\"rules\"",
         "discovery.methods=[\"written_refusals\"]",
         "discovery.resamples=5",
         "evaluate.arms=[\"base\", \"clamp\", \"difference_of_means\", \"system_prompt\"]",
@@ -121,6 +122,14 @@ fn refusals_are_written_and_arms_have_strengths() {
     let record = place.record("runs");
     let contrast = &record["discovery"]["features"][0]["evidence"]["written_refusals"];
     assert_eq!(contrast["paired"], true, "{contrast}");
+    let sweep = record["tune"]["sweep"].as_array().unwrap();
+    let written = |p: &&serde_json::Value| p["unit"] == "x written";
+    // Two sizes at two values, of the ranking and of what refusals are made of.
+    assert_eq!(
+        (sweep.len(), sweep.iter().filter(written).count()),
+        (8, 4),
+        "{sweep:?}"
+    );
     let strengths = record["strengths"].as_array().unwrap();
     let arms: Vec<_> = strengths.iter().map(|s| &s["arm"]).collect();
     assert_eq!(arms, ["clamp", "difference_of_means"]);
