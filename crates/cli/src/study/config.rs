@@ -516,8 +516,8 @@ pub enum ValueUnit {
 pub struct EvaluateConfig {
     /// What is compared; the first must be `base`.
     pub arms: Vec<Arm>,
-    /// The arms that have one strength for all requests, and the gated ones that were not calibrated, are asked with their values times
-    /// each of these as well: what they refuse where they refuse as many safe requests as the best arm.
+    /// Clamps and differences of means, gated or not, are asked with their values times each of these as well: what they refuse where they
+    /// refuse as many safe requests as the best arm. Not what was calibrated, and no controls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub strengths: Vec<f64>,
     /// Reply length, tokens.
@@ -557,19 +557,19 @@ pub enum Arm {
 }
 
 impl Arm {
-    /// Whether its edits' values can be larger or smaller, and nothing was calibrated to them.
+    /// Whether it may be run at other strengths: it has one, nothing was calibrated to it, and it is no control.
     pub fn has_strength(self) -> bool {
         match self {
             Self::Clamp
             | Self::ClampErrorDropped
-            | Self::RandomLatent
-            | Self::FrequencyMatchedLatent
             | Self::DifferenceOfMeans
             | Self::ConditionalDifferenceOfMeans
             | Self::GatedClamp => true,
             Self::Base
             | Self::SaePassthrough
             | Self::SystemPrompt
+            | Self::RandomLatent
+            | Self::FrequencyMatchedLatent
             | Self::GatedClampDamped
             | Self::DefaultPlan => false,
         }

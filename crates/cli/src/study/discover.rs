@@ -63,11 +63,6 @@ const BENIGN: usize = 4;
 /// Benign prompts on which sets and sites are: there a limit is set by it.
 const MORE_BENIGN: usize = 8;
 
-/// How far the direction of refusal is added, times its length: where a refusal is decided, three times; what is said in
-/// one, once.
-const DECIDED: f32 = 3.0;
-const SAID: f32 = 1.0;
-
 /// What the stage leaves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Found {
@@ -82,16 +77,12 @@ pub struct Found {
     /// Refused minus complied, mean residual at the last prompt token, `[d_model]`; if none or all were refused and
     /// refusals were written, these less the model's own replies, over the reply's first tokens.
     pub refusal_direction: Vec<f32>,
-    /// How far a baseline adds the direction, times its length.
-    #[serde(default = "decided")]
-    pub direction_value: f32,
+    /// Whether it is the latter: of what is said in a refusal, not of where it is decided.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direction_is_said: bool,
     /// Latents that written refusals are made of, the largest part first, each with its mean activation there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub written: Vec<(u32, f32)>,
-}
-
-fn decided() -> f32 {
-    DECIDED
 }
 
 pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> Result<Found> {
@@ -137,12 +128,12 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
     let (norm_sum, norm_n) = codes.norms;
     let resid_norm = (norm_sum / norm_n.max(1) as f64) as f32;
     let mut direction = difference_of_means(&codes.last_prompt_rows(&items), &refused);
-    let mut direction_value = DECIDED;
+    let mut direction_is_said = false;
     if let Some(written) = &written
         && direction.iter().all(|v| *v == 0.0)
     {
         direction = written.direction(&codes.rows, &items, cfg.window);
-        direction_value = SAID;
+        direction_is_said = true;
     }
 
     // Contrasts and recipe.
@@ -351,7 +342,7 @@ pub fn run(c: &StudyContext, sae: &Arc<Sae>, corpus: &Path, scratch: &Path) -> R
         resid_norm,
         written: written.map_or_else(Vec::new, |w| w.parts(sae, &chats, &items, cfg.window)),
         refusal_direction: direction,
-        direction_value,
+        direction_is_said,
     })
 }
 

@@ -8,7 +8,7 @@ use demur_eval::arms::{Arm as RunArm, Item, Reply};
 use demur_eval::prompts::{Label, Prompt, Split};
 use demur_eval::text::{self, PassageScore};
 use demur_model::decoder::Workspace;
-use demur_model::hooks::Intervention;
+use demur_model::hooks::{Intervention, Role};
 use demur_steering::{
     Condition, Direction, DirectionOp, ErrorTerm, Gate, InterventionSpec, SteeringPlan,
 };
@@ -262,7 +262,7 @@ fn plan_of(c: &StudyContext, arm: Arm, planned: &Planned) -> Result<Option<Steer
     })
 }
 
-/// The direction of refusal, added everywhere; nothing, if there is none: base refused all or none of the prompts, and no
+/// Three times the direction of refusal, added everywhere, or that of written refusals once, where a reply is; nothing, if there is none: base refused all or none of the prompts, and no
 /// refusal was written.
 fn difference_of_means(c: &StudyContext, arm: Arm, found: &Found) -> SteeringPlan {
     let square: f32 = found.refusal_direction.iter().map(|v| v * v).sum();
@@ -271,8 +271,11 @@ fn difference_of_means(c: &StudyContext, arm: Arm, found: &Found) -> SteeringPla
         name: "refused minus complied".to_owned(),
         vector: found.refusal_direction.clone(),
         op: DirectionOp::Add,
-        value: found.direction_value * square.sqrt(),
+        value: square.sqrt() * if found.direction_is_said { 1.0 } else { 3.0 },
     });
+    if found.direction_is_said {
+        spec.span.roles = vec![Role::Template, Role::Assistant];
+    }
     let mut plan = SteeringPlan::single(arm.name(), spec);
     if square == 0.0 {
         note(format_args!(

@@ -40,20 +40,20 @@ fn rate(refused: &[bool]) -> f64 {
     n as f64 / refused.len().max(1) as f64
 }
 
-/// The arms of `runs` that were run at several strengths, each beside the arm `headline`. The first run is base.
+/// The arms of `runs` that were run at several strengths, each beside the arm `headline`, which is not among them. The first run is base.
 pub fn strengths(prompts: &[&Prompt], runs: &[ArmRun], headline: Option<&str>) -> Vec<Strengths> {
     let own = |run: &&ArmRun| run.strength == 1.0;
+    let mut arms: Vec<Arm> = Vec::new();
+    for run in runs.iter().filter(|run| !own(run)) {
+        if Some(run.arm.name()) != headline && !arms.contains(&run.arm) {
+            arms.push(run.arm);
+        }
+    }
     let headline = runs
         .iter()
         .filter(own)
         .find(|run| Some(run.arm.name()) == headline)
         .map(|run| Point::new(prompts, run));
-    let mut arms: Vec<Arm> = Vec::new();
-    for run in runs.iter().filter(|run| !own(run)) {
-        if !arms.contains(&run.arm) {
-            arms.push(run.arm);
-        }
-    }
     arms.into_iter()
         .map(|arm| {
             let mut of_arm: Vec<&ArmRun> = runs.iter().filter(|run| run.arm == arm).collect();

@@ -332,7 +332,7 @@ pub fn words(arm: Arm) -> (&'static str, &'static str) {
         ),
         Arm::DifferenceOfMeans => (
             "Difference of means",
-            "Three times the mean difference between refused and complied prompts is added. A baseline without an SAE.",
+            "Three times the mean difference between refused and complied prompts is added, or, where there were none, the mean difference between written refusals and own replies. A baseline without an SAE.",
         ),
         Arm::FrequencyMatchedLatent => (
             "Frequency-matched latents",
