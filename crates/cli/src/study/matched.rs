@@ -5,14 +5,13 @@
 //! given over-refusal is on the hull of its points: a coin that chooses between two strengths for each request reaches what lies
 //! between them (Provost and Fawcett 2001).
 
-use demur_eval::judge::Verdict;
 use demur_eval::prompts::{Label, Prompt};
 use demur_eval::record::{Matched, StrengthPoint, Strengths};
-use demur_eval::stats::{self, wilson};
+use demur_eval::stats;
 
 use super::config::Arm;
 use super::evaluate::ArmRun;
-use super::record::{refused, words};
+use super::record::{broken, refused, share, words};
 
 /// What an arm refuses at a strength.
 struct Point {
@@ -31,13 +30,8 @@ impl Point {
     }
 
     fn rates(&self) -> (f64, f64) {
-        (rate(&self.on_unsafe), rate(&self.on_safe))
+        (share(&self.on_unsafe).value, share(&self.on_safe).value)
     }
-}
-
-fn rate(refused: &[bool]) -> f64 {
-    let n = refused.iter().filter(|r| **r).count();
-    n as f64 / refused.len().max(1) as f64
 }
 
 /// The arms of `runs` that were run at several strengths, each beside the arm `headline`, which is not among them. The first run is base.
@@ -59,20 +53,15 @@ pub fn strengths(prompts: &[&Prompt], runs: &[ArmRun], headline: Option<&str>) -
             let mut of_arm: Vec<&ArmRun> = runs.iter().filter(|run| run.arm == arm).collect();
             of_arm.sort_by(|a, b| a.strength.total_cmp(&b.strength));
             let mut points: Vec<Point> = of_arm.iter().map(|r| Point::new(prompts, r)).collect();
-            let shown = of_arm.iter().zip(&points).map(|(run, point)| {
-                let count = |refused: &[bool]| {
-                    wilson(refused.iter().filter(|r| **r).count(), refused.len())
-                };
-                let broken = |r: &&demur_eval::arms::Reply| {
-                    matches!(r.verdict, Verdict::Gibberish | Verdict::Empty)
-                };
-                StrengthPoint {
+            let shown = of_arm
+                .iter()
+                .zip(&points)
+                .map(|(run, point)| StrengthPoint {
                     strength: point.strength,
-                    refusal_unsafe: count(&point.on_unsafe),
-                    refusal_safe: count(&point.on_safe),
-                    gibberish: wilson(run.replies.iter().filter(broken).count(), run.replies.len()),
-                }
-            });
+                    refusal_unsafe: share(&point.on_unsafe),
+                    refusal_safe: share(&point.on_safe),
+                    gibberish: broken(run),
+                });
             let shown = shown.collect();
             points.extend(runs.first().map(|base| Point {
                 strength: 0.0,

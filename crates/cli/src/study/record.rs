@@ -209,6 +209,17 @@ pub fn refused(prompts: &[&Prompt], run: &ArmRun, want: Label) -> Vec<bool> {
     both.map(|(_, r)| r.verdict == Verdict::Refusal).collect()
 }
 
+/// The share of the true ones.
+pub fn share(of: &[bool]) -> Estimate {
+    wilson(of.iter().filter(|r| **r).count(), of.len())
+}
+
+/// The share of an arm's replies that are broken or empty.
+pub fn broken(run: &ArmRun) -> Estimate {
+    let is_broken = |r: &Reply| matches!(r.verdict, Verdict::Gibberish | Verdict::Empty);
+    share(&run.replies.iter().map(is_broken).collect::<Vec<_>>())
+}
+
 fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<ArmResult> {
     let suite = if c.study.prompts.file.is_some() {
         "prompts"
@@ -228,11 +239,7 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
             };
             for (want, metric) in kinds {
                 let r = refused(prompts, run, want);
-                push(
-                    suite,
-                    metric,
-                    wilson(r.iter().filter(|r| **r).count(), r.len()),
-                );
+                push(suite, metric, share(&r));
                 let both = prompts.iter().zip(&run.replies);
                 let of_label = both.filter(|(p, _)| label(p) == want);
                 let odds: Vec<f64> = of_label.map(|(_, r)| f64::from(r.logodds)).collect();
@@ -242,12 +249,7 @@ fn arm_results(c: &StudyContext, prompts: &[&Prompt], runs: &[ArmRun]) -> Vec<Ar
                     stats::mean(&odds),
                 );
             }
-            let broken = run
-                .replies
-                .iter()
-                .filter(|r| matches!(r.verdict, Verdict::Gibberish | Verdict::Empty))
-                .count();
-            push(suite, "gibberish", wilson(broken, run.replies.len()));
+            push(suite, "gibberish", broken(run));
             if !run.passages.is_empty() {
                 let per_token = |f: &dyn Fn(&(usize, f64, f64)) -> f64| -> Vec<f64> {
                     run.passages
